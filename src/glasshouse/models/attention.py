@@ -1,0 +1,144 @@
+"""Attention, written once for every family: which positions see which, and the weighted mean they read.
+
+Source: Vaswani et al. 2017 (arXiv:1706.03762); grouped queries, Ainslie et al. 2023 (arXiv:2305.13245).
+Knows nothing of how keys and values of earlier tokens are kept: a cache is an argument that answers `extend`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from glasshouse.models.layers import RootMeanSquareNorm, Tap, rotate, touch
+
+
+class Cache(Protocol):
+    """What attention needs of a cache of keys and values."""
+
+    @property
+    def length(self) -> int:
+        """Tokens already in the cache."""
+        ...
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, H, T, d] keys and values of a layer; return all of them, [B, H, length + T, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which key each query sees: none later than itself, none further back than the window, none of another document.
+
+    Args:
+        causal: whether a query is blind to later keys.
+        window: how many positions back a query sees, itself included; None for all.
+        documents: [B, T] number of the document each position belongs to; None when each row is one document.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    documents: Tensor | None = None
+
+    def is_plain(self, queries: int, keys: int) -> bool:
+        """Whether the mask is nothing but a causal triangle, or one query that sees every key."""
+        unwindowed = self.window is None or keys <= self.window
+        return self.documents is None and unwindowed and (not self.causal or queries in (1, keys))
+
+    def seen(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """Boolean [B or 1, 1, queries, keys]: True where the query sees the key. The queries are the last keys."""
+        query = torch.arange(keys - queries, keys, device=device)[:, None]
+        key = torch.arange(keys, device=device)[None, :]
+        seen = key <= query if self.causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        seen = seen[None, None]
+        if self.documents is not None:
+            seen = seen & (self.documents[:, None, -queries:, None] == self.documents[:, None, None, :])
+        return seen
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as numbers to add to the scores: 0 where seen, minus infinity where not."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False,
+           tap: Tap | None = None, name: str = "") -> Tensor:
+    """The mean of the values, weighted by softmax(query · key / sqrt(d)).
+
+    Args:
+        query: [B, H, T, d].
+        key: [B, G, S, d] with H a multiple of G: each key head serves H / G query heads.
+        value: [B, G, S, d].
+        mask: additive, broadcastable to [B, 1, T, S]; None when nothing, or only the causal triangle, is masked.
+        causal: mask the causal triangle (only without a mask, and with T = S).
+        tap: shown "NAME.scores" and "NAME.pattern", [B, H, T, S].
+        name: prefix for the tap.
+
+    Returns:
+        [B, H, T, d].
+    """
+    if tap is None and (query.device.type != "cpu" or not query.requires_grad):
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    batch, heads, queries, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    if mask is None and causal:
+        mask = additive(Mask().seen(queries, keys, query.device), query.dtype)
+    # One matrix product per key head: the query heads that share it are stacked along the positions.
+    stacked = (query * width**-0.5).reshape(batch, groups, heads // groups * queries, width)
+    scores = (stacked @ key.transpose(-1, -2)).view(batch, heads, queries, keys)
+    scores = touch(tap, f"{name}.scores", scores if mask is None else scores + mask)
+    pattern = touch(tap, f"{name}.pattern", torch.softmax(scores, dim=-1))
+    read = pattern.view(batch, groups, heads // groups * queries, keys) @ value
+    return read.view(batch, heads, queries, width)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with grouped key/value heads and rotary positions.
+
+    Args:
+        width: D.
+        heads: query heads H.
+        key_value_heads: key and value heads G.
+        head_dim: d.
+        bias: "none", "query_key_value" or "all".
+        query_key_norm: epsilon of a norm on queries and keys (Qwen3); None for no norm.
+    """
+
+    def __init__(self, width: int, heads: int, key_value_heads: int, head_dim: int, bias: str, query_key_norm: float | None):
+        super().__init__()
+        self.heads, self.key_value_heads, self.head_dim = heads, key_value_heads, head_dim
+        self.query = nn.Linear(width, heads * head_dim, bias=bias != "none")
+        self.key = nn.Linear(width, key_value_heads * head_dim, bias=bias != "none")
+        self.value = nn.Linear(width, key_value_heads * head_dim, bias=bias != "none")
+        self.output = nn.Linear(heads * head_dim, width, bias=bias == "all")
+        normed = query_key_norm is not None
+        self.query_norm = RootMeanSquareNorm(head_dim, query_key_norm) if normed else None
+        self.key_norm = RootMeanSquareNorm(head_dim, query_key_norm) if normed else None
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, causal: bool,
+                cache: Cache | None, layer: int, tap: Tap | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; `rotary` is a table of the positions, None where positions are learned."""
+        name = f"layers.{layer}.attention"
+        query = self._heads(self.query(hidden), self.query_norm, rotary)
+        key = self._heads(self.key(hidden), self.key_norm, rotary)
+        value = self._heads(self.value(hidden), None, None)
+        query, key = touch(tap, f"{name}.query", query), touch(tap, f"{name}.key", key)
+        value = touch(tap, f"{name}.value", value)
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)
+        read = attend(query, key, value, mask, causal, tap, name)
+        read = read.transpose(1, 2).reshape(*hidden.shape[:-1], self.heads * self.head_dim)
+        return touch(tap, f"{name}.output", self.output(touch(tap, f"{name}.read", read)))
+
+    def _heads(self, flat: Tensor, norm: RootMeanSquareNorm | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, T, H * d] to [B, H, T, d], normed and rotated."""
+        heads = flat.unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            heads = norm(heads)
+        heads = heads.transpose(1, 2)
+        return heads if rotary is None else rotate(heads, rotary)

@@ -1,0 +1,186 @@
+"""The decoder: a causal Transformer that predicts the next token.
+
+One class covers the layouts of Qwen3, Llama, Mistral, Qwen2 and GPT-2; what differs between them is a value in the
+config. Pure torch: tensors in, tensors out. Knows no text, no files and no training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from glasshouse.models.attention import Attention, Cache, Mask, additive
+from glasshouse.models.layers import FeedForward, Tap, norm_layer, rotary_frequencies, rotary_table, touch
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder.
+
+    Args:
+        vocab_size: number of tokens.
+        embedding_dim: width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: query heads.
+        num_key_value_heads: key and value heads; divides num_heads.
+        head_dim: width of a head.
+        feed_forward_dim: width inside the feed-forward network.
+        context_length: most positions the model was made for.
+        position: "rotary" or "learned".
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: rotary scaling as Hugging Face writes it ("linear" or "llama3"), or None.
+        norm: "rms" or "layer".
+        norm_epsilon: epsilon of the norms.
+        activation: "silu" or "gelu_tanh".
+        gated: whether the feed-forward network has a gate.
+        bias: "none", "query_key_value" or "all".
+        query_key_norm: whether queries and keys are normed.
+        sliding_window: how far back a position sees, or None for all the way.
+        tie_embeddings: whether the output head is the embedding.
+        dropout: probability of dropping an activation of the residual stream in training.
+    """
+
+    vocab_size: int
+    embedding_dim: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    feed_forward_dim: int
+    context_length: int
+    position: str = "rotary"
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    activation: str = "silu"
+    gated: bool = True
+    bias: str = "none"
+    query_key_norm: bool = True
+    sliding_window: int | None = None
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention, then the feed-forward network, each on a normed copy and added back to the stream.
+
+    Args:
+        config: the decoder's shape.
+        index: number of the layer, from 0.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.dropout = config.dropout
+        self.attention_norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
+        self.attention = Attention(
+            config.embedding_dim, config.num_heads, config.num_key_value_heads, config.head_dim, config.bias,
+            config.norm_epsilon if config.query_key_norm else None,
+        )  # fmt: skip
+        self.feed_forward_norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
+        self.feed_forward = FeedForward(
+            config.embedding_dim, config.feed_forward_dim, config.activation, config.gated, config.bias == "all"
+        )
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, causal: bool,
+                cache: Cache | None = None, tap: Tap | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        name = f"layers.{self.index}"
+        hidden = touch(tap, f"{name}.residual_before", hidden)
+        read = self.attention(self.attention_norm(hidden), rotary, mask, causal, cache, self.index, tap)
+        hidden = touch(tap, f"{name}.residual_middle", hidden + self._drop(read))
+        written = self.feed_forward(self.feed_forward_norm(hidden), tap, f"{name}.feed_forward")
+        return touch(tap, f"{name}.residual_after", hidden + self._drop(written))
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    Args:
+        config: its shape.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.context_length, config.embedding_dim) if learned else None
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
+        self.norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix that turns a hidden vector into logits: [vocab_size, D]."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
+                cache: Cache | None = None, tap: Tap | None = None) -> Tensor:
+        """The hidden vector after each token.
+
+        Args:
+            tokens: token ids, int64 [B, T].
+            positions: position of each token in its document, [B, T]; counted from the cache's length when None.
+            documents: number of the document of each token, [B, T]: tokens see only their own document.
+            cache: keys and values of the tokens before these; extended by these.
+            tap: shown every named activation, and may replace it.
+
+        Returns:
+            [B, T, D], normed, ready for `logits`.
+        """
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        hidden = self.embedding(tokens)
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(positions)
+        hidden = touch(tap, "embedding", hidden)
+        rotary = self._rotary(positions, hidden.dtype)
+        mask, causal = self._mask(tokens.shape[1], start, documents, hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, mask, causal, cache, tap)
+        return touch(tap, "norm", self.norm(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden vectors [..., D] to one score per token of the vocabulary, [..., vocab_size]."""
+        return functional.linear(hidden, self.output_weight)
+
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.config.position != "rotary":
+            return None
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        return rotary_table(positions, frequencies.to(positions.device), dtype)
+
+    def _mask(self, queries: int, start: int, documents: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, bool]:
+        """The additive mask shared by every layer, and whether the plain causal triangle does instead of one."""
+        mask = Mask(True, self.config.sliding_window, documents)
+        if mask.is_plain(queries, start + queries):
+            return None, queries > 1
+        return additive(mask.seen(queries, start + queries, hidden.device), hidden.dtype), False
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Draw fresh weights: normal with deviation 1 / sqrt(fan-in), and zero for the matrices that write to the stream.
+
+    A block that starts at zero leaves the stream as it was, so a deep model starts as a shallow one (Zhang et al.
+    2019, arXiv:1901.09321). Drawn in float32 on the CPU, so a seed gives the same weights on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith(("attention.output.weight", "feed_forward.down.weight")) or name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                deviation = 0.02 if "embedding" in name or name == "head.weight" else parameter.shape[1] ** -0.5
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))

@@ -1,0 +1,112 @@
+"""The layers every family is built from: norms, rotary positions, the feed-forward network, and taps.
+
+Shapes are written B (rows of a batch), T (positions), D (embedding width), H (heads), d (width of a head).
+Knows nothing of attention masks, text or files.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Tap = Callable[[str, Tensor], Tensor]
+"""Called with the name and the value of an activation; what it returns takes the activation's place."""
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda hidden: functional.gelu(hidden, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def touch(tap: Tap | None, name: str, value: Tensor) -> Tensor:
+    """Show an activation to the tap, if there is one, and go on with what it returns."""
+    return value if tap is None else tap(name, value)
+
+
+class RootMeanSquareNorm(nn.Module):
+    """Scale to unit root mean square, then by a learned weight (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        width: size of the last dimension.
+        epsilon: added to the mean square.
+    """
+
+    def __init__(self, width: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] to [..., width]; the mean is taken in float32."""
+        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+def norm_layer(kind: str, width: int, epsilon: float) -> nn.Module:
+    """A norm: "rms" (no bias) or "layer" (LayerNorm with bias)."""
+    return RootMeanSquareNorm(width, epsilon) if kind == "rms" else nn.LayerNorm(width, eps=epsilon)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Tensor:
+    """The angle, in radians per position, of each pair of a head's dimensions; float32 [head_dim / 2].
+
+    Source: RoFormer (Su et al. 2021, arXiv:2104.09864); "linear" scaling (position interpolation, arXiv:2306.15595)
+    and "llama3" scaling as Llama 3.1 defines it.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (smooth + (1 - smooth) / factor)
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for `rotate`: positions [B or 1, T] to two [B or 1, 1, T, head_dim] of `dtype`."""
+    angles = positions[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (i, i + d/2) of [B, H, T, d] by its angle."""
+    cosine, sine = table
+    left, right = heads.chunk(2, dim=-1)
+    return heads * cosine + torch.cat([-right, left], dim=-1) * sine
+
+
+class FeedForward(nn.Module):
+    """Two or three matrices and a nonlinearity at each position.
+
+    Gated (Shazeer 2020, arXiv:2002.05202): down(activation(gate(x)) * up(x)); plain: down(activation(up(x))).
+
+    Args:
+        width: D.
+        hidden_width: width between the matrices.
+        activation: a key of `ACTIVATIONS`.
+        gated: whether there is a gate.
+        bias: whether the matrices have biases.
+    """
+
+    def __init__(self, width: int, hidden_width: int, activation: str, gated: bool, bias: bool):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate = nn.Linear(width, hidden_width, bias=bias) if gated else None
+        self.up = nn.Linear(width, hidden_width, bias=bias)
+        self.down = nn.Linear(hidden_width, width, bias=bias)
+
+    def forward(self, hidden: Tensor, tap: Tap | None = None, name: str = "") -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        if self.gate is None:
+            inner = self.activation(self.up(hidden))
+        else:
+            inner = self.activation(self.gate(hidden)) * self.up(hidden)
+        return touch(tap, f"{name}.output", self.down(touch(tap, f"{name}.hidden", inner)))
