@@ -87,7 +87,7 @@ class Run:
 
     def finish(self, **facts: Any) -> None:
         """Mark the run finished: the last thing a stage writes."""
-        self.update(**facts, digest=self.digest(), status="finished")
+        write_json(self.path / RUN_FILE, {**self.read(), **facts, "digest": self.digest(), "status": "finished"})
 
     def digest(self) -> str | None:
         """The digest of the model or corpus that the run holds, or None when it holds none yet."""
