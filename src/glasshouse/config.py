@@ -132,7 +132,7 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
             )
         elif value is not None and not isinstance(value, dict):
             raise InputError(
-                f"{value!r} is not a list of settings", f"{path}: {key}", "write one `field: value` per line"
+                f"{value!r} is not a table of settings", f"{path}: {key}", "write one `field: value` per line"
             )
     stages = {key: value or {} for key, value in content.items() if key != "name"}
     if not stages:
