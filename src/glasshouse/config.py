@@ -56,7 +56,7 @@ def parse_config(
     print_config = words.pop("print_config", None) is not None
     values, origins = dict(given or {}), {}
     for file in words.pop("config", []):
-        for name, value in _read_stage(Path(file), stage).items():
+        for name, value in _read_stage(find_recipe(Path(file)), stage).items():
             values[name], origins[name] = value, f"{file}: {stage}.{name}"
     for name, value in words.items():
         values[name], origins[name] = value, f"--{name}"
@@ -138,6 +138,22 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
     if not stages:
         raise InputError("the recipe has no stages", str(path), f"add at least one of {', '.join(STAGES)}")
     return stages
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe at a path, or else the one of that name that ships: "demo" and "recipes/demo.yaml" both find it.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if path.is_file():
+        return path
+    here = Path(__file__).resolve().parent
+    shipped = next(folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir())
+    if path.parent in (Path(), Path("recipes")) and (shipped / f"{path.stem}.yaml").is_file():
+        return shipped / f"{path.stem}.yaml"
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise InputError("no such recipe", str(path), suggest(path.stem, names, "recipe"))
 
 
 def recipe_name(path: Path) -> str:

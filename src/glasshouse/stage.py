@@ -12,7 +12,9 @@ from glasshouse.run import RECIPE_FILE, RUN_FILE, Run, create_run, open_run
 RESUMABLE = ("pretrain",)
 
 
-def run_stage(stage: str, function: Callable[[Any, Run], object], config: Any, folder: Path, resume: bool = False) -> Run:
+def run_stage(
+    stage: str, function: Callable[[Any, Run], object], config: Any, folder: Path, resume: bool = False
+) -> Run:
     """Run one stage in a folder, new or resumed; one that fails with nothing to resume leaves nothing behind.
 
     Args:
@@ -36,7 +38,7 @@ def run_stage(stage: str, function: Callable[[Any, Run], object], config: Any, f
         raise InputError("there are other files here", str(folder), "choose a new folder for --out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        run = create_run(folder, stage, settings, [Path(settings["corpus"])] if settings.get("corpus") else [])
+        run = create_run(folder, stage, settings, _parents(settings))
         function(config, run)
     except BaseException:
         if not (folder / "state").exists() and Run(folder).digest() is None:
@@ -45,16 +47,35 @@ def run_stage(stage: str, function: Callable[[Any, Run], object], config: Any, f
     return run
 
 
-def is_finished(folder: Path, stage: str, config: Any) -> bool:
-    """Whether a folder holds a finished run of this stage with these settings.
+def finish_stage(stage: str, function: Callable[[Any, Run], object], config: Any, folder: Path) -> None:
+    """Do what is left of one stage of a recipe: all of it, the rest of it, or nothing.
+
+    Args:
+        stage: the verb; `evaluate` reads the run in the folder, the others make it.
+        function: the stage itself.
+        config: its config.
+        folder: the run folder.
 
     Raises:
-        InputError: it holds a finished run with other settings.
+        InputError: the folder holds a run with other settings; or what the stage refuses.
+        KeyboardInterrupt: the stage was stopped, and saved what it had.
     """
-    if not (folder / RUN_FILE).exists() or open_run(folder).read().get("status") != "finished":
-        return False
-    _refuse_other_settings(folder, stage, config_to_dict(config), "choose another --out, or delete that run")
-    return True
+    exists = (folder / RUN_FILE).exists()
+    if stage == "evaluate":
+        run = open_run(folder)
+        if run.reports().get(stage, {}).get("digest") == run.digest():
+            print(f"{stage}: already done, see {folder}")
+        else:
+            function(config, run)
+        return
+    if exists and open_run(folder).read().get("status") == "finished":
+        fix = "choose another --out, or delete that run"
+        _refuse_other_settings(folder, stage, config_to_dict(config), fix)
+        print(f"{stage}: already finished, see {folder}")
+        return
+    run = run_stage(stage, function, config, folder, resume=exists and stage in RESUMABLE)
+    if run.read().get("status") != "finished":
+        raise KeyboardInterrupt
 
 
 def recorded_settings(folder: Path, stage: str) -> dict[str, Any]:
@@ -65,8 +86,18 @@ def recorded_settings(folder: Path, stage: str) -> dict[str, Any]:
     """
     stages = read_recipe(open_run(folder).path / RECIPE_FILE)
     if stage not in stages:
-        raise InputError(f"a run of {', '.join(stages)} is there, not of {stage}", str(folder), "choose another --out")
+        raise InputError(
+            f"a run of {', '.join(stages)} is there, not of {stage}", str(folder), "choose another --out"
+        )
     return stages[stage]
+
+
+def _parents(settings: dict[str, Any]) -> list[Path]:
+    """The runs that a stage is made from: the run of its corpus, also when the corpus folder itself is given."""
+    if not settings.get("corpus"):
+        return []
+    corpus = Path(settings["corpus"])
+    return [corpus.parent if (corpus.parent / RUN_FILE).exists() else corpus]
 
 
 def _may_continue(run: Run, stage: str, settings: dict[str, Any], resume: bool) -> bool:

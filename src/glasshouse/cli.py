@@ -1,0 +1,288 @@
+"""The verbs: reads options and recipes, opens a run, calls one stage. Knows no mechanism of any stage.
+
+Every verb imports what it needs inside its own function: this table is the one place where that is allowed, so that
+`glasshouse --help` answers at once and `glasshouse report` never loads PyTorch.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glasshouse.errors import InputError
+
+if TYPE_CHECKING:
+    from glasshouse.run import Run
+
+FOLDER_HELP = {"out FOLDER": "where its runs go; runs/NAME by default"}
+OUT_HELP = {"out RUN": "the run folder to make"}
+RESUME_HELP = {"resume": "go on with the unfinished run in --out, exactly where it stopped"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: the words after `glasshouse`; those of the process by default.
+
+    Returns:
+        The exit code: 0 done, 2 something the user can mend, 130 stopped by Ctrl-C, 1 anything else.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except InputError as error:
+        if debug:
+            raise
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        return _complain(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""), 2)
+    except Exception as error:
+        if debug:
+            raise
+        return _complain(
+            f"unexpected {type(error).__name__}: {error}: add --debug to see where, and report it", 1
+        )
+
+
+def _complain(line: str, code: int) -> int:
+    with suppress(OSError):
+        sys.stdout.flush()
+    print(f"glasshouse: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"glasshouse {version('glasshouse')}")
+        return 0
+    if words[0] not in VERBS:
+        from glasshouse.config import suggest
+
+        raise InputError(f"unknown command {words[0]!r}", "", suggest(words[0], VERBS, "command"))
+    return VERBS[words[0]][1](words[1:]) or 0
+
+
+def _usage() -> str:
+    lines = ["Grow a language model you can see through.", "", "usage: glasshouse VERB ... [--debug]", ""]
+    lines += [f"  {verb:<10} {text}" for verb, (text, _) in VERBS.items()]
+    return "\n".join([*lines, "", "glasshouse VERB --help lists the settings of one; glasshouse --version"])
+
+
+def _stage(name: str) -> tuple[type, Callable[[Any, "Run"], object]]:
+    """The config class and the function of one stage."""
+    if name == "prepare":
+        from glasshouse.text.prepare import PrepareConfig, prepare
+
+        return PrepareConfig, prepare
+    if name == "pretrain":
+        from glasshouse.training.pretrain import PretrainConfig, pretrain
+
+        return PretrainConfig, pretrain
+    from glasshouse.evaluation.evaluate import EvaluateConfig, evaluate
+
+    return EvaluateConfig, evaluate
+
+
+def _take_value(words: list[str], name: str) -> str | None:
+    """Remove `--name VALUE` or `--name=VALUE` from the words and return the value, or None when it is not there."""
+    for place, word in enumerate(words):
+        if word.startswith(f"--{name}="):
+            return words.pop(place).partition("=")[2]
+        if word == f"--{name}":
+            value = words[place + 1] if place + 1 < len(words) else "--"
+            if value.startswith("--"):
+                raise InputError(f"--{name} needs a value", "", f"write --{name} followed by a path")
+            del words[place : place + 2]
+            return value
+    return None
+
+
+def _take_switch(words: list[str], name: str) -> bool:
+    found = f"--{name}" in words
+    words[:] = [word for word in words if word != f"--{name}"]
+    return found
+
+
+def _take_positionals(verb: str, words: list[str], names: str) -> list[str]:
+    """Remove the leading words that are no options; `names` like "MODEL [PROMPT]" says how many there may be."""
+    expected = names.split()
+    count = next(
+        (place for place, word in enumerate(words) if word.startswith("--") or word == "-h"), len(words)
+    )
+    if {"--help", "-h"} & set(words):
+        return [""] * len(expected)
+    if count > len(expected):
+        raise InputError(
+            f"unexpected {words[len(expected)]!r}",
+            "",
+            f"write glasshouse {verb} {names}, with text in quotes",
+        )
+    if count < len(expected) and not expected[count].startswith("["):
+        raise InputError(f"{expected[count]} is missing", "", f"write glasshouse {verb} {names}")
+    taken = words[:count]
+    del words[:count]
+    return taken + [""] * (len(expected) - count)
+
+
+def _make(stage: str, words: list[str]) -> int:
+    """A verb that makes a run: prepare or pretrain."""
+    from glasshouse.config import parse_config
+    from glasshouse.stage import RESUMABLE, recorded_settings, run_stage
+
+    config_class, function = _stage(stage)
+    out, resume = _take_value(words, "out"), _take_switch(words, "resume") if stage in RESUMABLE else False
+    given = {}
+    if resume and out is not None:
+        given = recorded_settings(Path(out), stage)
+    options = OUT_HELP | (RESUME_HELP if stage in RESUMABLE else {})
+    config = parse_config(config_class, words, stage, given=given, options=options)
+    if out is None:
+        raise InputError("--out is missing", "", "add --out and the run folder to make, like --out runs/name")
+    run_stage(stage, function, config, Path(out), resume)
+    return 0
+
+
+def _prepare(words: list[str]) -> int:
+    return _make("prepare", words)
+
+
+def _pretrain(words: list[str]) -> int:
+    return _make("pretrain", words)
+
+
+def _evaluate(words: list[str]) -> int:
+    from glasshouse.config import parse_config
+    from glasshouse.run import open_run
+
+    config_class, function = _stage("evaluate")
+    [path] = _take_positionals("evaluate", words, "RUN")
+    config = parse_config(
+        config_class, words, "evaluate", options={"RUN": "the run to measure, before the options"}
+    )
+    function(config, open_run(Path(path)))
+    _write_card(Path(path))
+    return 0
+
+
+def _generate(words: list[str]) -> int:
+    return 1
+
+
+def _report(words: list[str]) -> int:
+    [path] = _take_positionals("report", words, "RUN")
+    _refuse_rest("report RUN", words, {"RUN": "the run whose card is written"})
+    _write_card(Path(path))
+    print(f"wrote {Path(path) / 'README.md'} and {Path(path) / 'report.html'}")
+    return 0
+
+
+def _write_card(path: Path) -> None:
+    from glasshouse.report import write_report
+    from glasshouse.run import open_run
+
+    write_report(open_run(path))
+
+
+def _plan(words: list[str]) -> int:
+    return 1
+
+
+def _run(words: list[str]) -> int:
+    [recipe] = _take_positionals("run", words, "RECIPE")
+    out = _take_value(words, "out")
+    _refuse_rest(
+        "run RECIPE", words, {"RECIPE": "a YAML file, or the name of a recipe that ships", **FOLDER_HELP}
+    )
+    _run_recipe(recipe, out)
+    return 0
+
+
+def _run_recipe(word: str, out: str | None) -> Path:
+    """Run every unfinished stage of a recipe; returns the folder that holds their runs."""
+    from glasshouse.config import STAGES, build_config, find_recipe, read_recipe, recipe_name
+    from glasshouse.stage import finish_stage
+
+    path = find_recipe(Path(word))
+    recipe, folder = read_recipe(path), Path(out) if out else Path("runs") / recipe_name(path)
+    if "evaluate" in recipe and "pretrain" not in recipe:
+        raise InputError("there is nothing to evaluate", f"{path}: evaluate", "add a pretrain part")
+    work = []
+    for stage in (stage for stage in STAGES if stage in recipe):
+        config_class, function = _stage(stage)
+        values = dict(recipe[stage])
+        if stage == "pretrain" and "prepare" in recipe:
+            values.setdefault("corpus", str(folder / "prepare"))
+        origins = {name: f"{path}: {stage}.{name}" for name in values}
+        work.append((stage, function, build_config(config_class, values, origins)))
+    for stage, function, config in work:
+        finish_stage(stage, function, config, folder / ("pretrain" if stage == "evaluate" else stage))
+    if "pretrain" in recipe:
+        _write_card(folder / "pretrain")
+    return folder
+
+
+def _compare(words: list[str]) -> int:
+    return 1
+
+
+def _demo(words: list[str]) -> int:
+    out = _take_value(words, "out")
+    _refuse_rest("demo", words, FOLDER_HELP)
+    folder = _run_recipe("demo", out)
+    from glasshouse.demo import show_demo
+
+    show_demo(folder)
+    return 0
+
+
+def _refuse_rest(usage: str, words: list[str], options: dict[str, str]) -> None:
+    """Print the help of a verb without settings when it is asked for; refuse whatever else is left."""
+    if {"--help", "-h"} & set(words):
+        print(f"usage: glasshouse {usage} [--option value ...]\n")
+        print(
+            "\n".join(
+                f"  {name if name.isupper() else '--' + name:<14} {text}" for name, text in options.items()
+            )
+        )
+        sys.exit(0)
+    if words:
+        from glasshouse.config import suggest
+
+        names = [name.split()[0] for name in options if not name.isupper()]
+        name = words[0].removeprefix("--").partition("=")[0]
+        fix = (
+            suggest(name, [*names, "help"], "option")
+            if words[0].startswith("--")
+            else f"write glasshouse {usage}"
+        )
+        raise InputError(f"unexpected {words[0]!r}", "", fix)
+
+
+VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "demo": ("the whole life of a small model, offline, in minutes", _demo),
+    "run": ("every stage of a recipe, in order; finished stages are skipped", _run),
+    "prepare": ("text in any form -> a cleaned, tokenized corpus", _prepare),
+    "pretrain": ("a corpus -> a language model", _pretrain),
+    "generate": ("a model and a prompt -> text", _generate),
+    "evaluate": ("how well a model predicts held-out text, beside a 5-gram baseline", _evaluate),
+    "compare": ("two runs, paired, with intervals", _compare),
+    "report": ("a run -> its model card", _report),
+    "plan": ("predicted memory, time and energy of a recipe, before anything runs", _plan),
+}
