@@ -6,6 +6,8 @@ A manifest names every file of a folder with its size and SHA-256, because safet
 field, loads a flipped bit without a word. Knows nothing of what the files mean.
 """
 
+import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from glasshouse.errors import InputError
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES_LIMIT = 64 * 2**20
+TORN = "the folder is torn or altered; copy it again or make it again"
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -74,7 +77,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
@@ -85,7 +88,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_error(error: OSError, path: Path) -> InputError:
     """The one-line form of a failed write."""
     return InputError(
-        f"cannot write: {error.strerror or error}", str(path), "free some space, or choose a folder you may write to"
+        f"cannot write: {error.strerror or error}",
+        str(path),
+        "free some space, or choose a folder you may write to",
     )
 
 
@@ -120,15 +125,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Give `new` the name `path`. A folder cannot be replaced in one step, so the old one steps aside first;
-    `recover_folder` brings it back if the process dies between the two renames."""
+    """Give `new` the name `path`: in one step where the kernel can exchange two names. Elsewhere the old folder steps
+    aside first, and `recover_folder` brings it back if the process dies between the two renames."""
+    if path.is_dir() and _exchange(new, path):
+        _flush_folder(path.parent)
+        return  # `new` is now the old folder, which the caller removes
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(new, path)
+        path.rename(old)
+    new.rename(path)
     _flush_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step (Linux's renameat2 with RENAME_EXCHANGE); False where that cannot be done."""
+    here, exchange = -100, 2
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
 def recover_folder(path: Path) -> None:
@@ -136,8 +154,11 @@ def recover_folder(path: Path) -> None:
     path = Path(path)
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
-        os.rename(old, path)
-    for leftover in [old, *path.parent.glob(f".{path.name}.*.tmp")]:
+        old.rename(path)
+    pattern = (
+        f".{glob.escape(path.name)}.????????.tmp"  # mkdtemp's names, and not those of a "NAME.best" beside it
+    )
+    for leftover in [old, *path.parent.glob(pattern)]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -167,16 +188,27 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError("file not found", str(path), "check the path") from None
+    except OSError as error:
+        raise InputError(
+            f"cannot read: {error.strerror}", str(path), "check the path and its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON: {error}", str(path), "the file is torn or altered; make it again") from error
+        raise InputError(
+            f"not valid JSON: {error}", str(path), "the file is torn or altered; make it again"
+        ) from error
 
 
 def _listed_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.name != MANIFEST and not path.is_dir())
+    """Everything in the folder but the manifest itself and real folders; a link to a folder counts as a file."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path != folder / MANIFEST and (path.is_symlink() or not path.is_dir())
+    )
 
 
 def write_manifest(folder: Path) -> str:
-    """Write `manifest.json` with the size and SHA-256 of every file of the folder; returns the manifest's own digest."""
+    """Write `manifest.json` with the size and SHA-256 of every file of the folder; returns its own digest."""
     folder = Path(folder)
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -199,33 +231,43 @@ def verify_manifest(folder: Path, digest: str | None = None) -> str:
     """
     folder = Path(folder)
     manifest = folder / MANIFEST
+    if manifest.is_symlink():
+        raise InputError("a link instead of a file", str(manifest), "replace it by the file itself")
     if manifest.is_file() and manifest.stat().st_size > MANIFEST_BYTES_LIMIT:
-        raise InputError("the manifest is too large", str(manifest), "copy the folder again from where it came")
+        raise InputError(
+            "the manifest is too large", str(manifest), "copy the folder again from where it came"
+        )
     content = read_json(manifest)
     found = sha256_file(manifest)
     if digest is not None and found != digest:
-        raise InputError("the manifest is not the one its run recorded", str(manifest), "the folder was altered; make it again")
+        raise InputError(
+            "the manifest is not the one its run recorded",
+            str(manifest),
+            "the folder was altered; make it again",
+        )
     listed = content.get("files") if isinstance(content, dict) else None
     if not isinstance(listed, dict):
-        raise InputError("the manifest names no files", str(manifest), "copy the folder again from where it came")
+        raise InputError(
+            "the manifest names no files", str(manifest), "copy the folder again from where it came"
+        )
     present = {str(path.relative_to(folder)) for path in _listed_files(folder)}
     for name in sorted(present - set(listed)):
         raise InputError("a file that the manifest does not name", str(folder / name), "remove it")
+    for name in sorted(set(listed) - present):
+        raise InputError("a file is missing", str(folder / name), TORN)
     for name, expected in listed.items():
-        _verify_file(folder, name, expected)
+        _verify_file(folder / name, expected)
     return found
 
 
-def _verify_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
-    path = folder / name
-    mend = "the folder is torn or altered; copy it again or make it again"
-    if ".." in Path(name).parts or Path(name).is_absolute() or any(
-        parent.is_symlink() for parent in [path, *path.parents] if parent != folder and folder in parent.parents
-    ):
-        raise InputError("a link or a path that leaves the folder", str(path), "replace it by the file itself")
-    if not path.is_file():
-        raise InputError("a file is missing", str(path), mend)
+def _verify_file(path: Path, expected: Any) -> None:
+    if path.is_symlink():
+        raise InputError("a link instead of a file", str(path), "replace it by the file itself")
+    if not path.is_file() or not isinstance(expected, dict):
+        raise InputError("not a file with a size and a checksum in the manifest", str(path), TORN)
     if path.stat().st_size != expected.get("bytes"):
-        raise InputError(f"{path.stat().st_size:,} bytes where {expected.get('bytes'):,} are expected", str(path), mend)
+        raise InputError(
+            f"{path.stat().st_size} bytes where {expected.get('bytes')} are expected", str(path), TORN
+        )
     if sha256_file(path) != expected.get("sha256"):
-        raise InputError("its contents are not what was written (checksum differs)", str(path), mend)
+        raise InputError("its contents are not what was written (checksum differs)", str(path), TORN)
