@@ -92,7 +92,7 @@ def test_equals_sign_hyphens_negatives_and_switches():
         ("--documents a --weights 3", ["not a table"]),
         ("--seed 1", ["--documents is missing"]),
         ("stray", ["unexpected 'stray'"]),
-        ("--config none.yaml", ["No such file", "none.yaml"]),
+        ("--config none.yaml", ["no such file", "none.yaml"]),
     ],
 )
 def test_mistakes_on_the_command_line(words: str, parts: list[str]):

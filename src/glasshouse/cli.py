@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 FOLDER_HELP = {"out FOLDER": "where its runs go; runs/NAME by default"}
 OUT_HELP = {"out RUN": "the run folder to make"}
+GENERATE_HELP = {
+    "MODEL": "a run, a model folder, or a folder in Hugging Face layout",
+    "PROMPT": "the text to continue, in quotes; - reads it from standard input; without one, a document is begun",
+    "device DEVICE": "auto, cpu, cuda or mps",
+    "dtype FORMAT": "auto, float32 or bfloat16",
+}
 RESUME_HELP = {"resume": "go on with the unfinished run in --out, exactly where it stopped"}
 
 
@@ -182,7 +188,18 @@ def _evaluate(words: list[str]) -> int:
 
 
 def _generate(words: list[str]) -> int:
-    return 1
+    from glasshouse.config import parse_config
+    from glasshouse.inference.sampling import GenerationConfig
+
+    path, prompt = _take_positionals("generate", words, "MODEL [PROMPT]")
+    where, number_format = _take_value(words, "device") or "auto", _take_value(words, "dtype") or "auto"
+    config = parse_config(GenerationConfig, words, "generate", options=GENERATE_HELP)
+    from glasshouse.device import open_device
+    from glasshouse.inference.generate import generate_text
+
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    generate_text(path, prompt, config, open_device(where, number_format, config.seed))
+    return 0
 
 
 def _report(words: list[str]) -> int:

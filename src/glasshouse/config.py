@@ -42,7 +42,8 @@ def parse_config(
             `--switch`, `--config FILE`, `--print_config`, `--help`.
         stage: the verb, which is also the stage's key in a recipe.
         given: values set by the caller, below the file and the options.
-        options: other options of the verb, with one line of help each; only shown, never parsed here.
+        options: other options of the verb, like "out RUN", and its positional words, like "MODEL", with one line of
+            help each; only shown, never parsed here.
 
     Raises:
         InputError: an unknown or repeated option, an unknown key, or a value of the wrong type.
@@ -60,9 +61,7 @@ def parse_config(
             values[name], origins[name] = value, f"{file}: {stage}.{name}"
     for name, value in words.items():
         values[name], origins[name] = value, f"--{name}"
-    config = build_config(
-        config_class, values, origins, [*hints, *(options or {}), "config", "print_config", "help"]
-    )
+    config = build_config(config_class, values, origins, [*hints, *_option_names(options or {})])
     if print_config:
         print(yaml.safe_dump({stage: config_to_dict(config)}, sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)
@@ -141,19 +140,21 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_recipe(path: Path) -> Path:
-    """The recipe at a path, or else the one of that name that ships: "demo" and "recipes/demo.yaml" both find it.
+    """The file at a path, or else the recipe of that name that ships: "demo" and "recipes/demo.yaml" both find it.
 
     Raises:
         InputError: there is neither.
     """
-    if path.is_file():
+    if path.exists():
         return path
     here = Path(__file__).resolve().parent
-    shipped = next(folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir())
-    if path.parent in (Path(), Path("recipes")) and (shipped / f"{path.stem}.yaml").is_file():
-        return shipped / f"{path.stem}.yaml"
-    names = sorted(file.stem for file in shipped.glob("*.yaml"))
-    raise InputError("no such recipe", str(path), suggest(path.stem, names, "recipe"))
+    folders = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
+    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in shipped:
+        return shipped[path.stem]
+    raise InputError(
+        "no such file", str(path), f"check the path; the recipes that ship are {', '.join(shipped)}"
+    )
 
 
 def recipe_name(path: Path) -> str:
@@ -284,9 +285,9 @@ def _check(hint: Any, value: Any, where: str, name: str, config_class: type) -> 
 
 
 def _help(config_class: type, stage: str, options: Mapping[str, str]) -> str:
-    parser = ArgumentParser(
-        prog=f"glasshouse {stage}", add_help=False, usage=f"glasshouse {stage} [--field value ...]"
-    )
+    positional = [name for name in options if name.isupper()]
+    usage = " ".join(["glasshouse", stage, *positional, "[--field value ...]"])
+    parser = ArgumentParser(prog=f"glasshouse {stage}", add_help=False, usage=usage)
     group = parser.add_argument_group("options of the command")
     for name, text in {
         **options,
@@ -295,12 +296,19 @@ def _help(config_class: type, stage: str, options: Mapping[str, str]) -> str:
         "help": "this text",
     }.items():
         option, _, value = name.partition(" ")
-        if value:
+        if name in positional:
+            group.add_argument(name, nargs="?", default=SUPPRESS, help=text)
+        elif value:
             group.add_argument(f"--{option}", metavar=value, default=SUPPRESS, help=text)
         else:
             group.add_argument(f"--{option}", action="store_true", default=SUPPRESS, help=text)
     parser.add_class_arguments(config_class, None)
     return parser.format_help()
+
+
+def _option_names(options: Mapping[str, str]) -> list[str]:
+    names = [name.split()[0] for name in options if not name.isupper()]
+    return [*names, "config", "print_config", "help"]
 
 
 def _takes_several(hint: Any) -> bool:

@@ -1,6 +1,8 @@
 """One stage in one run folder: begun, begun again, or gone on with. Knows the life of a run, not what a stage does."""
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ def run_stage(
 ) -> Run:
     """Run one stage in a folder, new or resumed; one that fails with nothing to resume leaves nothing behind.
 
+    Of several processes started by torchrun the first makes the folder; the others wait for it.
+
     Args:
         stage: the verb.
         function: the stage itself; it marks the run finished.
@@ -27,6 +31,9 @@ def run_stage(
     Raises:
         InputError: the folder holds a finished run, another stage's, or other files; or what the stage itself refuses.
     """
+    if os.environ.get("RANK", "0") != "0":
+        function(config, _wait_for_run(folder))
+        return open_run(folder)
     settings = config_to_dict(config)
     if (folder / RUN_FILE).exists():
         if _may_continue(open_run(folder), stage, settings, resume):
@@ -90,6 +97,13 @@ def recorded_settings(folder: Path, stage: str) -> dict[str, Any]:
             f"a run of {', '.join(stages)} is there, not of {stage}", str(folder), "choose another --out"
         )
     return stages[stage]
+
+
+def _wait_for_run(folder: Path, seconds: float = 60.0) -> Run:
+    deadline = time.monotonic() + seconds
+    while not (folder / RUN_FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return open_run(folder)
 
 
 def _parents(settings: dict[str, Any]) -> list[Path]:
