@@ -6,13 +6,15 @@ for one list of merges and for every possible text, whether the two rules can ev
 special tokens or corpora.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import tiktoken
 
 Merge = tuple[bytes, bytes]
+PIECE_CHARACTERS = 2**17
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -77,15 +79,12 @@ class FastEncoder:
         ids: id of every token's bytes; all 256 single bytes must be among them.
         merges: pairs of token bytes, most urgent first.
 
-    Raises:
-        ImportError: tiktoken is not installed.
     """
 
     def __init__(self, pattern: str, ids: dict[bytes, int], merges: Sequence[Merge]):
-        import tiktoken
-
         order = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
         self._ids = np.array([ids[token] for token in order], dtype=np.uint32)
+        self._ids_are_ranks = bool((self._ids == np.arange(len(order))).all())
         self._encoding = tiktoken.Encoding(
             "glasshouse",
             pat_str=pattern,
@@ -100,12 +99,29 @@ class FastEncoder:
             ranks = self._encoding._core_bpe.encode_to_tiktoken_buffer(text, set())
         except ValueError:  # also UnicodeEncodeError, its subclass
             return None
-        return self._ids[np.frombuffer(ranks, dtype=np.uint32)]
+        array = np.frombuffer(ranks, dtype=np.uint32)
+        return array if self._ids_are_ranks else self._ids[array]
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray | None]:
         """The ids of many texts, on several threads: the encoder works outside Python's lock."""
+        pieces = list(_pieces(texts))
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.encode, texts))
+            return [ids for piece in pool.map(self._encode_piece, pieces) for ids in piece]
+
+    def _encode_piece(self, texts: Sequence[str]) -> list[np.ndarray | None]:
+        return [self.encode(text) for text in texts]
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut a batch into pieces large enough that handing one to a thread costs nothing beside encoding it."""
+    start, size = 0, 0
+    for number, text in enumerate(texts):
+        size += len(text)
+        if size >= PIECE_CHARACTERS:
+            yield texts[start : number + 1]
+            start, size = number + 1, 0
+    if start < len(texts):
+        yield texts[start:]
 
 
 def fast_encoder(model: dict[str, Any], pattern: str) -> FastEncoder | None:
@@ -128,7 +144,4 @@ def fast_encoder(model: dict[str, Any], pattern: str) -> FastEncoder | None:
     )
     if not whole or len(ids) != 256 + len(merges) or not merges_agree(merges):
         return None
-    try:
-        return FastEncoder(pattern, ids, merges)
-    except ImportError:
-        return None
+    return FastEncoder(pattern, ids, merges)

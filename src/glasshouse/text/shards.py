@@ -8,9 +8,12 @@ after another) and `.jsonl.gz` (a line per document: id, source, licence, langua
 import gzip
 import hashlib
 import json
+import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,27 @@ from glasshouse.text.packing import CORPUS_FILE, TRAIN, VALIDATION
 from glasshouse.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**27
-BATCH_BYTES = 4 * 2**20
+BATCH_CHARACTERS = 2 * 2**20
+NAMES_LIMIT = 10_000
+UNKNOWN, OTHERS = "unknown", "others"
+
+Sided = tuple[str, Document]
+Encoded = tuple[str, Document, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents are packed.
+
+    Args:
+        shard_tokens: tokens after which a new shard is begun.
+        threads: encoding threads.
+        fast: use the tokenizer's faster encoder where it has one.
+    """
+
+    shard_tokens: int = SHARD_TOKENS
+    threads: int = 2
+    fast: bool = True
 
 
 def hash_fraction(text: str) -> float:
@@ -37,19 +60,63 @@ def choose_threshold(texts: Iterable[str], validation_fraction: float) -> float:
     Raises:
         InputError: there are not two different texts.
     """
-    lowest, highest_train, second = 1.0, -1.0, 1.0
+    lowest, second, highest = 1.0, 1.0, 0.0
     for text in texts:
         fraction = hash_fraction(text)
         if fraction < lowest:
             lowest, second = fraction, lowest
         elif lowest < fraction < second:
             second = fraction
-        highest_train = max(highest_train, fraction)
+        highest = max(highest, fraction)
     if second >= 1.0:
         raise InputError(
-            "fewer than two different documents: nothing can be held out", "documents", "give more text"
+            "fewer than two different documents: none can be held out", "documents", "give more text"
         )
-    return min(max(validation_fraction, (lowest + second) / 2), highest_train)
+    return min(max(validation_fraction, (lowest + second) / 2), highest)
+
+
+def divide_by_hash(documents: Iterable[Document], threshold: float) -> Iterator[Sided]:
+    """Hold out the documents whose `hash_fraction` is below a threshold: equal texts are always on one side."""
+    for document in documents:
+        yield (VALIDATION if hash_fraction(document.text) < threshold else TRAIN), document
+
+
+def divide_at_end(documents: Iterable[Document], total: int, validation_fraction: float) -> Iterator[Sided]:
+    """Hold out the last part of the text in reading order; the document at the border is cut between two lines.
+
+    Args:
+        documents: in reading order.
+        total: UTF-8 bytes of all of them.
+        validation_fraction: share of the bytes to hold out.
+    """
+    left = round(total * (1 - validation_fraction))
+    for document in documents:
+        size = len(document.text.encode("utf-8"))
+        if size <= left or left <= 0:
+            yield (TRAIN if left > 0 else VALIDATION), document
+        else:
+            first, last = _cut(document.text, left)
+            if first:
+                yield TRAIN, replace(document, text=first)
+            if last:
+                yield VALIDATION, replace(document, text=last, id=f"{document.id}#held-out")
+        left -= size
+
+
+def _cut(text: str, size: int) -> tuple[str, str]:
+    """Cut a text near `size` bytes, after a line if there is one, else after a space, else between characters."""
+    place = len(text.encode("utf-8")[:size].decode("utf-8", "ignore")) or 1
+    for border in ("\n", " "):
+        after = text.rfind(border, 0, place) + 1
+        if 0 < after < len(text):
+            return text[:after], text[after:]
+    return text[:place], text[place:]
+
+
+def _metadata_line(document: Document) -> bytes:
+    facts = {"id": document.id, "source": document.source}
+    facts |= {"licence": document.licence, "language": document.language}
+    return json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 class CorpusWriter:
@@ -63,38 +130,45 @@ class CorpusWriter:
     """
 
     def __init__(self, folder: Path, vocab_size: int, end_of_document: int, shard_tokens: int = SHARD_TOKENS):
-        self._folder, self._vocab_size, self._end = Path(folder), vocab_size, end_of_document
+        self._folder, self._vocab_size, self._end_of_document = Path(folder), vocab_size, end_of_document
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._end = np.array([end_of_document], dtype=self._dtype).tobytes()
         self._shard_tokens = shard_tokens
         self._splits: dict[str, dict[str, Any]] = {
             name: {"shards": [], "tokens": 0, "documents": 0, "bytes": 0} for name in (TRAIN, VALIDATION)
         }
         self._files: dict[str, list[Any]] = {}
         self._open: dict[str, ExitStack] = {}
-        self._counts = {name: Counter[str]() for name in ("languages", "licences", "sources")}
+        self._counts = {name: Counter[str]() for name in ("licences", "sources")}
+        self._measured: dict[tuple[str, str], dict[str, int]] = {}
 
-    def add(self, split: str, document: Document, text: bytes, tokens: np.ndarray) -> None:
-        """Append one document: its text as UTF-8 and its ids, without the end-of-document token."""
-        listed = self._splits[split]
+    def add_all(self, documents: Iterable[Encoded]) -> None:
+        """Append documents, each with its side and its ids without the end-of-document token."""
+        for side, document, ids in documents:
+            self._add(side, document, ids)
+
+    def _add(self, side: str, document: Document, ids: np.ndarray) -> None:
+        listed = self._splits[side]
         if not listed["shards"] or listed["shards"][-1]["tokens"] >= self._shard_tokens:
-            self._next_shard(split)
-        shard, (ids, borders, texts, lines) = listed["shards"][-1], self._files[split]
-        ids.write(np.append(tokens, self._end).astype(self._dtype).tobytes())
-        borders.write(np.array([shard["tokens"], len(text)], dtype="<i8").tobytes())
+            self._next_shard(side)
+        shard, (tokens, borders, texts, lines) = listed["shards"][-1], self._files[side]
+        text = document.text.encode("utf-8")
+        tokens.write(ids.astype(self._dtype).tobytes())
+        tokens.write(self._end)
+        borders.write(struct.pack("<qq", shard["tokens"], len(text)))
         texts.write(text)
-        facts = {"id": document.id, "source": document.source}
-        facts |= {"licence": document.licence, "language": document.language}
-        lines.write(json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        for place in (shard, listed):
-            place["tokens"] += len(tokens) + 1
+        lines.write(_metadata_line(document))
+        language = document.language or UNKNOWN
+        counted = self._measured.setdefault((side, language), {"documents": 0, "bytes": 0, "tokens": 0})
+        for place in (shard, listed, counted):
+            place["tokens"] += len(ids) + 1
             place["documents"] += 1
         listed["bytes"] += len(text)
-        for name, value in (
-            ("languages", document.language),
-            ("licences", document.licence),
-            ("sources", document.source),
-        ):
-            self._counts[name][value or "unknown"] += 1
+        counted["bytes"] += len(text)
+        for name, value in (("licences", document.licence), ("sources", document.source)):
+            counts = self._counts[name]
+            value = value or UNKNOWN
+            counts[value if value in counts or len(counts) < NAMES_LIMIT else OTHERS] += 1
 
     def _next_shard(self, split: str) -> None:
         self._close(split)
@@ -102,11 +176,10 @@ class CorpusWriter:
         stem = self._folder / f"{split}-{len(shards):05d}"
         shards.append({"file": stem.name, "tokens": 0, "documents": 0})
         stack = ExitStack()
-        raw: list[Any] = []
-        for ending in (".tokens", ".documents", ".text", ".jsonl.gz"):
-            raw.append(stack.enter_context(open(stem.with_suffix(ending), "wb")))
+        endings = (".tokens", ".documents", ".text", ".jsonl.gz")
+        raw: list[Any] = [stack.enter_context(stem.with_suffix(ending).open("wb")) for ending in endings]
         # No name and no time in the header: the same corpus must have the same digest.
-        lines = gzip.GzipFile(filename="", mode="wb", fileobj=raw.pop(), mtime=0)
+        lines = gzip.GzipFile(filename="", mode="wb", fileobj=raw.pop(), mtime=0, compresslevel=6)
         self._files[split] = [*raw, stack.enter_context(lines)]
         self._open[split] = stack
 
@@ -118,60 +191,83 @@ class CorpusWriter:
         """Close the shards and write corpus.json; returns its contents."""
         for split in list(self._open):
             self._close(split)
+        languages: dict[str, dict[str, dict[str, int]]] = {}
+        for (side, language), measured in sorted(self._measured.items()):
+            languages.setdefault(language, {})[side] = measured
         facts = {
             "format": 1,
             "vocab_size": self._vocab_size,
             "dtype": "uint16" if self._dtype.itemsize == 2 else "uint32",
-            "end_of_document": self._end,
+            "end_of_document": self._end_of_document,
             "splits": self._splits,
-            **{name: dict(counts.most_common(1000)) for name, counts in self._counts.items()},
+            "languages": languages,
+            **{name: dict(sorted(counts.items())) for name, counts in self._counts.items()},
         }
         write_json(self._folder / CORPUS_FILE, facts)
         return facts
 
 
-def encode_in_batches(
-    documents: Iterable[Document], tokenizer: Tokenizer, threads: int = 2
-) -> Iterator[tuple[Document, bytes, np.ndarray]]:
-    """Encode documents a few megabytes at a time: (document, text as UTF-8, ids)."""
-    waiting: list[Document] = []
+def pack_documents(
+    folder: Path, documents: Iterable[Sided], tokenizer: Tokenizer, packing: Packing
+) -> dict[str, Any]:
+    """Encode documents a few megabytes at a time and write them into a folder, as a stream.
+
+    Returns:
+        The contents of corpus.json.
+    """
+    writer = CorpusWriter(folder, tokenizer.vocab_size, tokenizer.end_of_document, packing.shard_tokens)
+    with ThreadPoolExecutor(1) as ahead:  # the next batch is encoded while the last one is written
+        waiting: Future[list[Encoded]] | None = None
+        for batch in _batches(documents):
+            encoding = ahead.submit(_encode, batch, tokenizer, packing)
+            if waiting is not None:
+                writer.add_all(waiting.result())
+            waiting = encoding
+        if waiting is not None:
+            writer.add_all(waiting.result())
+    tokenizer.save(folder)
+    return writer.finish()
+
+
+def _batches(documents: Iterable[Sided]) -> Iterator[list[Sided]]:
+    batch: list[Sided] = []
     size = 0
-    for document in documents:
-        waiting.append(document)
+    for side, document in documents:
+        batch.append((side, document))
         size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield from _encode(waiting, tokenizer, threads)
-            waiting, size = [], 0
-    yield from _encode(waiting, tokenizer, threads)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _encode(
-    documents: list[Document], tokenizer: Tokenizer, threads: int
-) -> Iterator[tuple[Document, bytes, np.ndarray]]:
-    arrays = tokenizer.encode_batch_arrays([document.text for document in documents], threads)
-    for document, ids in zip(documents, arrays, strict=True):
-        yield document, document.text.encode("utf-8"), ids
+def _encode(batch: list[Sided], tokenizer: Tokenizer, packing: Packing) -> list[Encoded]:
+    texts = [document.text for _, document in batch]
+    if packing.fast:
+        arrays = tokenizer.encode_batch_arrays(texts, packing.threads)
+    else:
+        arrays = tokenizer.encode_batch_slowly(texts)
+    return [(side, document, ids) for (side, document), ids in zip(batch, arrays, strict=True)]
 
 
 def write_corpus(
     folder: Path,
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     tokenizer: Tokenizer,
     validation_fraction: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
-    threads: int = 2,
 ) -> dict[str, Any]:
-    """Encode documents and write them, the tokenizer and corpus.json into a folder.
+    """Write documents at hand, the tokenizer and corpus.json into a folder, divided by the hash of their text.
 
     The manifest is the caller's (`files.atomic_folder` writes it): a reader refuses a folder without one.
 
     Args:
         folder: an existing, empty folder.
-        documents: read twice, so a list or another object that can be iterated again.
+        documents: the corpus.
         tokenizer: encodes them.
-        validation_fraction: share of documents held out, chosen by the SHA-256 of their text.
+        validation_fraction: share of documents held out.
         shard_tokens: tokens of a shard.
-        threads: encoding threads.
 
     Returns:
         The contents of corpus.json.
@@ -180,9 +276,5 @@ def write_corpus(
         InputError: there are fewer than two different documents.
     """
     threshold = choose_threshold((document.text for document in documents), validation_fraction)
-    writer = CorpusWriter(folder, tokenizer.vocab_size, tokenizer.end_of_document, shard_tokens)
-    for document, text, ids in encode_in_batches(documents, tokenizer, threads):
-        side = VALIDATION if hash_fraction(document.text) < threshold else TRAIN
-        writer.add(side, document, text, ids)
-    tokenizer.save(folder)
-    return writer.finish()
+    sided = divide_by_hash(documents, threshold)
+    return pack_documents(folder, sided, tokenizer, Packing(shard_tokens=shard_tokens))
