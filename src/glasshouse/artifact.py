@@ -19,6 +19,7 @@ from torch import Tensor
 from glasshouse.errors import InputError
 from glasshouse.files import (
     MANIFEST,
+    TORN,
     atomic_folder,
     read_json,
     recover_folder,
@@ -49,7 +50,6 @@ SIZE_LIMITS = {  # bytes; far above what any model needs, read only after this c
 }
 RUN_FILE, MODEL_FOLDER = "run.json", "model"
 HUB_PREFIX = "hub:"
-AGAIN = "the folder is torn or altered; copy it again or make it again"
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _locate(path: Path | str) -> tuple[Path, str | None]:
     if facts.get("status") != "finished":
         return folder, None
     if not isinstance(facts.get("digest"), str):
-        raise InputError("the run is finished but names no digest", str(path / RUN_FILE), AGAIN)
+        raise InputError("the run is finished but names no digest", str(path / RUN_FILE), TORN)
     return folder, facts["digest"]
 
 
@@ -259,12 +259,12 @@ def _fetch(name: str) -> Path:
 
 def _manifest_digest(folder: Path, expected: str | None, verify: bool) -> str:
     if not (folder / MANIFEST).is_file():
-        raise InputError("the manifest is missing", str(folder / MANIFEST), AGAIN)
+        raise InputError("the manifest is missing", str(folder / MANIFEST), TORN)
     if verify:
         return verify_manifest(folder, expected)
     digest = sha256_file(folder / MANIFEST)
     if expected is not None and digest != expected:
-        raise InputError("the manifest is not the one its run recorded", str(folder / MANIFEST), AGAIN)
+        raise InputError("the manifest is not the one its run recorded", str(folder / MANIFEST), TORN)
     return digest
 
 
@@ -277,16 +277,16 @@ def _check_file(folder: Path, name: str) -> Path:
     """The path of a file of the folder that is there, is no link out of it, and is not absurdly large."""
     path = folder / name
     if not path.is_file():
-        raise InputError("a file is missing", str(path), AGAIN)
+        raise InputError("a file is missing", str(path), TORN)
     cache = folder.resolve().parent  # the hub's cache links snapshots/REVISION/FILE to blobs/HASH
     blobs = cache.parent / "blobs" if cache.name == "snapshots" else None
     if path.is_symlink() and path.resolve().parent != blobs:
         raise InputError("a link instead of a file", str(path), "replace it by the file itself")
     size, limit = path.stat().st_size, SIZE_LIMITS.get(name, 2**62)
     if size == 0:
-        raise InputError("the file is empty", str(path), AGAIN)
+        raise InputError("the file is empty", str(path), TORN)
     if size > limit:
-        raise InputError(f"{size:,} bytes where at most {limit:,} make sense", str(path), AGAIN)
+        raise InputError(f"{size:,} bytes where at most {limit:,} make sense", str(path), TORN)
     return path
 
 
@@ -294,7 +294,7 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
     path = _check_file(folder, name)
     value = read_json(path)
     if not isinstance(value, dict):
-        raise InputError("not a JSON object", str(path), AGAIN)
+        raise InputError("not a JSON object", str(path), TORN)
     return value
 
 
@@ -313,7 +313,7 @@ def _weight_files(folder: Path) -> list[str]:
     elif (folder / INDEX_FILE).exists():
         weight_map = _read_object(folder, INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError("the index names no files", str(folder / INDEX_FILE), AGAIN)
+            raise InputError("the index names no files", str(folder / INDEX_FILE), TORN)
         files = sorted(set(map(str, weight_map.values())))
         for name in files:
             if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
@@ -359,11 +359,11 @@ def _find_tensors(folder: Path, files: list[str], config: DecoderConfig) -> dict
                     if full is None:
                         continue
                     if full in found:
-                        raise InputError(f"the tensor {full} is there twice", str(path), AGAIN)
+                        raise InputError(f"the tensor {full} is there twice", str(path), TORN)
                     piece = handle.get_slice(name)
                     found[full] = _Found(path, name, tuple(piece.get_shape()), piece.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise InputError(f"not a whole safetensors file: {error}", str(path), AGAIN) from error
+            raise InputError(f"not a whole safetensors file: {error}", str(path), TORN) from error
     return found
 
 
@@ -377,7 +377,7 @@ def _load_weights(
     for name in stored:
         if name not in found:
             file = next(iter(found.values())).file if found else WEIGHTS_FILE
-            raise InputError(f"the tensor {name} is missing", str(file), AGAIN)
+            raise InputError(f"the tensor {name} is missing", str(file), TORN)
     state: dict[str, Tensor] = {}
     for name, tensor in found.items():
         _check_tensor(name, tensor, stored, shapes)
@@ -415,7 +415,7 @@ def _check_tensor(
         )
     expected = stored[name].shape(shapes)
     if tensor.shape != expected:
-        raise InputError(f"shape {list(tensor.shape)} where the config means {list(expected)}", where, AGAIN)
+        raise InputError(f"shape {list(tensor.shape)} where the config means {list(expected)}", where, TORN)
     if tensor.dtype not in DTYPES:
         raise InputError(
             f"numbers in the format {tensor.dtype}", where, f"readable here: {', '.join(DTYPES)}"

@@ -4,7 +4,6 @@ A file from elsewhere is not trusted: every value is checked before anything is 
 compute is refused by name, as is, in writing, what none of the families can say. Pure: dicts; knows no files.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,10 +43,16 @@ LIMITS = {  # far above any decoder ever made, far below what would exhaust a ma
 }
 
 
+WHOLE = "copy config.json again from where it came"
+TRAINED = "give the value it was trained with"
+
+
 # ---- values of a foreign config, checked one by one
 
 
 def _say(value: Any) -> str:
+    if isinstance(value, dict | list):  # may be nested too deeply to print
+        return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -57,27 +62,17 @@ def _integer(facts: Mapping[str, Any], key: str, default: int | None = None, spe
     value = facts.get(spelling)
     value = default if value is None else value
     if value is None:
-        raise InputError(
-            f"the config lacks {spelling!r}", spelling, "copy config.json again from where it came"
-        )
+        raise InputError(f"the config lacks {spelling!r}", spelling, WHOLE)
     if type(value) is not int or not 1 <= value <= LIMITS[key]:
-        raise InputError(
-            f"{_say(value)} is not a whole number from 1 to {LIMITS[key]:,}",
-            spelling,
-            "give the value it was trained with",
-        )
+        raise InputError(f"{_say(value)} is not a whole number from 1 to {LIMITS[key]:,}", spelling, TRAINED)
     return value
 
 
 def _number(facts: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
     value = facts.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-        raise InputError(
-            f"{_say(value)} is not a number from {low:g} to {high:g}",
-            key,
-            "give the value it was trained with",
-        )
+    if type(value) not in (int, float) or not low <= value <= high:  # NaN is not between any two numbers
+        raise InputError(f"{_say(value)} is not a number from {low:g} to {high:g}", key, TRAINED)
     return float(value)
 
 
@@ -85,14 +80,12 @@ def _flag(facts: Mapping[str, Any], key: str, default: bool) -> bool:
     value = facts.get(key)
     value = default if value is None else value
     if type(value) is not bool:
-        raise InputError(
-            f"{_say(value)} is neither true nor false", key, "give the value it was trained with"
-        )
+        raise InputError(f"{_say(value)} is neither true nor false", key, TRAINED)
     return value
 
 
 def _activation(facts: Mapping[str, Any], key: str, default: str) -> str:
-    value = facts.get(key) or default
+    value = default if facts.get(key) is None else facts[key]
     if not isinstance(value, str) or value not in ACTIVATION_NAMES:
         raise InputError(f"unknown activation {_say(value)}", key, f"known: {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[value]
@@ -116,7 +109,7 @@ def family_of(facts: Any) -> str:
     """
     known = f"known families: {', '.join(ARCHITECTURES)}"
     if not isinstance(facts, dict):
-        raise InputError("the config is not a JSON object", "config.json", "copy it again from where it came")
+        raise InputError("not a JSON object", "config.json", WHOLE)
     if facts.get("auto_map"):
         raise InputError("the model brings its own code, which is never run", "auto_map", known)
     family = facts.get("model_type")
@@ -125,12 +118,10 @@ def family_of(facts: Any) -> str:
     if facts.get("quantization_config"):
         raise InputError("the weights are quantized", "quantization_config", "open the unquantized model")
     architecture = ARCHITECTURES[family]
-    if facts.get("architectures") not in (None, [], [architecture]):
-        raise InputError(
-            f"{_say(facts['architectures'])} is not a language model",
-            "architectures",
-            f"give a {architecture}",
-        )
+    named = facts.get("architectures")
+    if named not in (None, [], [architecture]):
+        named = named[0] if isinstance(named, list) else named
+        raise InputError(f"{_say(named)} is not a language model", "architectures", f"give a {architecture}")
     return family
 
 
@@ -208,20 +199,21 @@ def _llama_bias(facts: Mapping[str, Any], family: str) -> str:
 
 def _sliding_window(facts: Mapping[str, Any], family: str, layers: int) -> int | None:
     """The window of every layer; Qwen's configs can give some layers one and others none, which is refused."""
-    if family == "llama" or facts.get("sliding_window") is None:
+    if family == "llama" or facts.get("sliding_window", 4096) is None:
         return None
-    window = _integer(facts, "sliding_window")
+    window = _integer(facts, "sliding_window", 4096)
     if family == "mistral":
         return window
     if not _flag(facts, "use_sliding_window", False):
         return None
-    first = facts.get("max_window_layers", 28)
     kinds = facts.get("layer_types")
-    if kinds is None and type(first) is int:
+    if kinds is None:
+        first = int(_number(facts, "max_window_layers", 28, 0, LIMITS["num_hidden_layers"]))
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    one_kind = isinstance(kinds, list) and len(kinds) == layers and all(kind == kinds[0] for kind in kinds)
-    _refuse_unless(one_kind and kinds[0] in ("sliding_attention", "full_attention"), "layer_types", kinds)
-    return window if kinds[0] == "sliding_attention" else None
+    if kinds == ["full_attention"] * layers:
+        return None
+    _refuse_unless(kinds == ["sliding_attention"] * layers, "layer_types", kinds)
+    return window
 
 
 def _rope(facts: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -229,68 +221,55 @@ def _rope(facts: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     `rope_theta` with `rope_scaling`. A file with both must say the same in both."""
     new, old = facts.get("rope_parameters"), facts.get("rope_scaling")
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, dict):
-            raise InputError(
-                f"{_say(value)} is not an object", key, "copy config.json again from where it came"
-            )
+        if not isinstance(value, dict | None):
+            raise InputError(f"{_say(value)} is not an object", key, WHOLE)
     if new and old and _rope_scaling(new) != _rope_scaling(old):
-        raise InputError(
-            "rope_parameters and rope_scaling disagree", "rope_scaling", "keep the one it was trained with"
-        )
-    _refuse_unless(
-        _number(facts, "partial_rotary_factor", 1.0, 0.0, 1.0) == 1.0, "partial_rotary_factor", "below 1"
-    )
-    inner, outer = (new or old or {}).get("rope_theta"), facts.get("rope_theta")
-    if inner is not None and outer is not None and inner != outer:
-        raise InputError(
-            "rope_theta is given twice and differs", "rope_theta", "keep the one it was trained with"
-        )
-    theta = _number({"rope_theta": outer if inner is None else inner}, "rope_theta", 10000.0, 1.0, 1e12)
-    return theta, _rope_scaling(new or old or {})
+        raise InputError("rope_parameters and rope_scaling disagree", "rope_scaling", TRAINED)
+    bases = {
+        _number(given, "rope_theta", 10000.0, 1.0, 1e12)
+        for given in (facts, new, old)
+        if given and given.get("rope_theta") is not None
+    }
+    if len(bases) > 1:
+        raise InputError("rope_theta is given twice and differs", "rope_theta", TRAINED)
+    _refuse_unless(facts.get("partial_rotary_factor") in (None, 1), "partial_rotary_factor", "part")
+    return next(iter(bases), 10000.0), _rope_scaling(new or old or {})
 
 
 def _rope_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    _refuse_unless(parameters.get("partial_rotary_factor") in (None, 1), "partial_rotary_factor", "part")
     if kind in (None, "default"):
         unknown = set(parameters) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        _refuse_unless(not unknown, "rope_parameters", dict(parameters))
-    elif not isinstance(kind, str) or kind not in ROPE_SCALING_KEYS:
+        _refuse_unless(not unknown, "rope_parameters", ", ".join(sorted(unknown)))
+        return None
+    if not isinstance(kind, str) or kind not in ROPE_SCALING_KEYS:
         raise InputError(
             f"unknown rotary scaling {_say(kind)}", "rope_type", f"known: {', '.join(ROPE_SCALING_KEYS)}"
         )
-    _refuse_unless(
-        _number(parameters, "partial_rotary_factor", 1.0, 0.0, 1.0) == 1.0, "partial_rotary_factor", "below 1"
-    )
-    if kind in (None, "default"):
-        return None
-    for key in ROPE_SCALING_KEYS[kind]:
-        if parameters.get(key) is None:
-            raise InputError(
-                f"{kind} rotary scaling lacks {key!r}", "rope_parameters", "copy config.json again"
-            )
+    lacking = [key for key in ROPE_SCALING_KEYS[kind] if parameters.get(key) is None]
+    if lacking:
+        raise InputError(f"{kind} rotary scaling lacks {lacking[0]!r}", "rope_parameters", WHOLE)
     scaling: dict[str, Any] = {"rope_type": kind}
     scaling |= {key: _number(parameters, key, 0.0, 1e-6, 2**30) for key in ROPE_SCALING_KEYS[kind]}
     if kind == "llama3":
         scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise InputError(
-                "low_freq_factor is not below high_freq_factor", "rope_parameters", "copy config.json again"
-            )
+            raise InputError("low_freq_factor is not below high_freq_factor", "rope_parameters", WHOLE)
     return scaling
 
 
 def _gpt2_config(facts: Mapping[str, Any]) -> DecoderConfig:
-    for key, usual in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
+    usual_flags = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for key, usual in usual_flags.items():
         _refuse_unless(_flag(facts, key, usual) is usual, key, not usual)
     facts = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257, **facts}
-    width, heads = (
-        _integer(facts, "hidden_size", spelling="n_embd"),
-        _integer(facts, "num_attention_heads", spelling="n_head"),
-    )
+    width = _integer(facts, "hidden_size", spelling="n_embd")
+    heads = _integer(facts, "num_attention_heads", spelling="n_head")
     return DecoderConfig(
         vocab_size=_integer(facts, "vocab_size"),
         embedding_dim=width,
@@ -421,7 +400,5 @@ def _llama_facts(config: DecoderConfig, family: str) -> dict[str, Any]:
         }
         facts["layer_types"] = ["sliding_attention" if slides else "full_attention"] * config.num_layers
     if config.dropout:
-        facts["resid_pdrop"] = (
-            config.dropout
-        )  # GPT-2's word; transformers keeps and ignores it in these families
+        facts["resid_pdrop"] = config.dropout  # GPT-2's word, which transformers ignores in these families
     return facts
