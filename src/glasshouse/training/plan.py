@@ -1,0 +1,395 @@
+"""What a training run will need, before it starts: the shape a size stands for, its memory, time and energy.
+
+Time is measured, not guessed: a few steps of the real shape are timed on the machine that will train. Memory is
+counted: weights, gradients, optimizer state, and what each layer keeps for its backward pass. Knows nothing of text.
+"""
+
+import math
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from glasshouse.device import Device
+from glasshouse.errors import InputError
+from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
+from glasshouse.training.objectives import CHUNK_SCORES, TokenBatch, next_token
+from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig, is_hidden_matrix
+
+WATTS_PER_CORE = 9.0
+"""Power that one busy core of a server CPU is taken to draw where the machine has no meter."""
+
+GPU_WATTS = 500.0
+"""Power that a busy data-centre GPU is taken to draw where the machine has no meter."""
+
+GPU_UTILIZATION = 0.45
+"""Share of its matrix rate that a GPU is taken to reach before anything was measured on it."""
+
+
+MICRO_TOKENS_CPU, MICRO_TOKENS_GPU = 8192, 65536
+"""Tokens computed at once where nothing else is asked for."""
+
+TRAINING_SHARE = 0.93
+"""Share of `minutes` that goes to training steps; the rest to validation and saving."""
+
+COMPILE_AFTER = 480.0
+"""Seconds of training above which layers are compiled."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one value of the `--size` dial stands for.
+
+    Args:
+        layers: blocks.
+        width: embedding width.
+        heads: query heads.
+        key_value_heads: key and value heads.
+        feed_forward: width inside the feed-forward network.
+        context: tokens in a row.
+        batch_tokens: tokens per optimizer step.
+        learning_rate: peak learning rate of AdamW.
+        matrix_learning_rate: peak learning rate of Muon.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    key_value_heads: int
+    feed_forward: int
+    context: int
+    batch_tokens: int
+    learning_rate: float
+    matrix_learning_rate: float
+
+
+SIZES = {
+    "nano": Size(2, 64, 2, 2, 192, 64, 1024, 1e-2, 3e-2),
+    "tiny": Size(4, 256, 4, 4, 704, 256, 4096, 6e-3, 2e-2),
+    "small": Size(6, 384, 6, 6, 1024, 256, 8192, 4e-3, 2e-2),
+    "medium": Size(8, 512, 8, 4, 1408, 512, 32768, 3e-3, 1.5e-2),
+    "base": Size(12, 768, 12, 4, 2048, 1024, 131072, 2e-3, 1e-2),
+    "large": Size(24, 1536, 24, 8, 4096, 2048, 524288, 1e-3, 6e-3),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: the model, the rows of a step, and how many steps.
+
+    Args:
+        model: the model's shape.
+        rows: rows of a step, over all micro-batches and processes.
+        micro_rows: rows computed at once by one process.
+        context: tokens of a row.
+        steps: optimizer steps.
+    """
+
+    model: DecoderConfig
+    rows: int
+    micro_rows: int
+    context: int
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.rows * self.context * self.steps
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will need.
+
+    Args:
+        parameters: weights of the model.
+        flops: floating-point operations of the whole run.
+        memory: most bytes held.
+        seconds: wall-clock time of the training steps.
+        joules: energy.
+        method: how the time and the energy were found.
+    """
+
+    parameters: int
+    flops: float
+    memory: int
+    seconds: float
+    joules: float
+    method: str
+
+
+@dataclass(frozen=True)
+class ShapeRequest:
+    """What was asked for; what is None follows from the size.
+
+    Args:
+        size: value of the dial.
+        minutes: time to train, which sets the steps.
+        epochs: passes over the corpus, which set the steps.
+        steps: optimizer steps.
+        layers, width, heads, key_value_heads, feed_forward, context, batch_tokens: as in `Size`.
+        micro_rows: rows computed at once.
+        layout: "qwen3" or "llama".
+        dropout: share of activations dropped.
+        compile: "auto", "on" or "off".
+    """
+
+    size: str = "tiny"
+    minutes: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    key_value_heads: int | None = None
+    feed_forward: int | None = None
+    context: int | None = None
+    batch_tokens: int | None = None
+    micro_rows: int | None = None
+    layout: str = "llama"
+    dropout: float = 0.0
+    compile: str = "auto"
+
+
+def size_of(name: str) -> Size:
+    """The numbers behind one value of the dial.
+
+    Raises:
+        InputError: there is no such size.
+    """
+    if name not in SIZES:
+        raise InputError(f"unknown size {name!r}", "--size", f"use one of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def requested_size(request: ShapeRequest) -> Size:
+    """The size that was asked for, with every number that was given in place of its own.
+
+    Raises:
+        InputError: a number is not positive, or numbers do not fit together.
+    """
+    size = size_of(request.size)
+    names = [item.name for item in fields(Size)]
+    given = {name: getattr(request, name, None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in [*given, "minutes", "epochs", "steps", "micro_rows"]:
+        value = getattr(request, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{name} must be above 0, not {value}", f"--{name}", "give a larger number")
+    if "width" in given and "heads" not in given:
+        given["heads"] = max(1, given["width"] // 64)
+    if "heads" in given and "key_value_heads" not in given:
+        given["key_value_heads"] = given["heads"]
+    if "width" in given and "feed_forward" not in given:
+        given["feed_forward"] = math.ceil(given["width"] * 8 / 3 / 64) * 64
+    size = replace(size, **given)
+    if size.width % size.heads or size.width // size.heads % 2:
+        raise InputError(f"width {size.width} does not split into {size.heads} heads of an even width", "--heads", "choose heads that divide the width")
+    if size.heads % size.key_value_heads:
+        raise InputError(f"{size.heads} heads cannot share {size.key_value_heads} key_value_heads", "--key_value_heads", "choose a divisor of the heads")
+    if size.batch_tokens < size.context:
+        raise InputError(f"batch_tokens {size.batch_tokens} is less than one row of {size.context}", "--batch_tokens", "make it at least the context")
+    return size
+
+
+def decoder_shape(size: Size, vocab_size: int, layout: str = "llama", dropout: float = 0.0) -> DecoderConfig:
+    """The decoder that a size stands for.
+
+    Raises:
+        InputError: the layout is unknown.
+    """
+    if layout not in ("qwen3", "llama"):
+        raise InputError(f"unknown layout {layout!r}", "--layout", "use qwen3 or llama")
+    return DecoderConfig(
+        vocab_size=vocab_size, embedding_dim=size.width, num_layers=size.layers, num_heads=size.heads,
+        num_key_value_heads=size.key_value_heads, head_dim=size.width // size.heads,
+        feed_forward_dim=size.feed_forward, context_length=max(size.context, 128),
+        query_key_norm=layout == "qwen3", dropout=dropout,
+    )  # fmt: skip
+
+
+def plan_shape(request: ShapeRequest, optimization: OptimizationConfig, device: Device, vocab_size: int,
+               corpus_tokens: int) -> tuple[Shape, float | None, bool]:
+    """Settle what is trained: (shape, measured seconds of a step, whether layers are compiled).
+
+    The steps come from `steps`, `epochs` or `minutes`; without any of them, 20 tokens per weight (Hoffmann et al.
+    2022, arXiv:2203.15556) but at most 8 passes over the corpus.
+    """
+    if sum(value is not None for value in (request.minutes, request.epochs, request.steps)) > 1:
+        raise InputError("minutes, epochs and steps are three ways to say one thing", "--steps", "give one of them")
+    size = requested_size(request)
+    model = decoder_shape(size, vocab_size, request.layout, request.dropout)
+    rows = size.batch_tokens // size.context
+    most = max(1, (MICRO_TOKENS_GPU if device.kind == "cuda" else MICRO_TOKENS_CPU) // size.context)
+    shape = Shape(model, rows, min(request.micro_rows or most, rows), size.context, 1)
+    compiled = request.compile == "on"
+    step_seconds = measure_step(shape, optimization, device, compiled)
+    if request.steps is not None:
+        steps = request.steps
+    elif request.minutes is not None:
+        steps = int(request.minutes * 60 * TRAINING_SHARE / step_seconds)
+    else:
+        most_tokens = 8 * corpus_tokens if request.epochs is None else request.epochs * corpus_tokens
+        wanted = most_tokens if request.epochs is not None else min(most_tokens, 20 * parameter_count(model))
+        steps = int(wanted / (rows * size.context))
+    shape = replace(shape, steps=max(1, steps))
+    if request.compile == "auto" and compiling_pays(step_seconds * shape.steps, device):
+        compiled = True
+        step_seconds = measure_step(shape, optimization, device, compiled)
+    return shape, step_seconds, compiled
+
+
+def compiling_pays(seconds: float, device: Device) -> bool:
+    """Whether a run is long enough for compiled layers: they save about a seventh and take up to a minute to make."""
+    compiler = device.kind == "cuda" or (device.kind == "cpu" and shutil.which("g++") is not None)
+    return compiler and seconds > COMPILE_AFTER
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Number of weights of a model of this shape."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(config).parameters())
+
+
+def flops_per_token(config: DecoderConfig, context: int) -> float:
+    """Operations of one training token, forward and backward: 6 per weight that multiplies, and causal attention.
+
+    6 N + 6 L H d T, where N leaves out an embedding that is only looked up (Kaplan et al. 2020, arXiv:2001.08361, with
+    the half of the attention scores that a causal mask uses).
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.embedding_dim
+    attention = config.num_layers * config.num_heads * config.head_dim * context
+    return 6.0 * (parameter_count(config) - looked_up) + 6.0 * attention
+
+
+def matmul_rate(device: Device, seconds: float = 0.4) -> float:
+    """The best rate, in operations per second, at which this machine multiplies two square matrices."""
+    width = 8192 if device.kind == "cuda" else 2048
+    left = torch.randn(width, width, dtype=device.compute_dtype, device=device.torch_device)
+    best, deadline = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < deadline:
+        started = time.perf_counter()
+        left @ left
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * width**3 / best
+
+
+def model_memory(config: DecoderConfig, optimization: OptimizationConfig, dtype: torch.dtype) -> int:
+    """Bytes of weights, gradients and optimizer state.
+
+    In float32 a weight takes 4 bytes and its gradient 4; in bfloat16 it takes 2, its float32 master 4, and the
+    gradient 4 + 2. AdamW keeps 8 bytes for each, Muon 4 for each of its matrices.
+    """
+    with torch.device("meta"):
+        parameters = dict(Decoder(config).named_parameters())
+    total = 0
+    for name, parameter in parameters.items():
+        muon = optimization.optimizer == "muon" and is_hidden_matrix(name, parameter)
+        total += parameter.numel() * ((8 if dtype == torch.float32 else 12) + (4 if muon else 8))
+    return total
+
+
+def activation_memory(config: DecoderConfig, rows: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, and the scores of the loss, at their peak.
+
+    Per token and layer, in numbers of the compute format: the stream and its normed copy before each of the two
+    halves, queries, keys and values before and after rotation, what attention read, four copies of the width inside
+    the feed-forward network, and two of the scores of every head.
+    """
+    size = 4 if dtype == torch.float32 else 2
+    width, inner = config.embedding_dim, config.feed_forward_dim
+    queries, keys = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    normed = 3 * (queries + keys) if config.query_key_norm else 0
+    per_token = 8 * width + 5 * queries + 5 * keys + normed + (5 if config.gated else 3) * inner
+    per_token += 2 * config.num_heads * context
+    layers = config.num_layers * rows * context * per_token * size
+    chunk = min(CHUNK_SCORES, rows * context * config.vocab_size)
+    return layers + chunk * (4 + 2 * size) + 3 * rows * context * width * size
+
+
+def process_memory() -> int:
+    """Bytes that this process holds in RAM now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def peak_memory(device: Device) -> int:
+    """Most bytes held so far: of the GPU where there is one, else of this process's RAM."""
+    if device.kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device, compiled: bool) -> float:
+    """Seconds that one optimizer step of this shape takes: timed on random tokens with a throw-away model."""
+    model = Decoder(shape.model)
+    initialize(model, 0)
+    model = model.to(device.torch_device, device.compute_dtype)
+    if compiled:
+        compile_layers(model)
+    optimizer = MasterOptimizer(model, replace(optimization, learning_rate=0.0, matrix_learning_rate=0.0))
+    tokens = torch.randint(shape.model.vocab_size, (shape.micro_rows, shape.context), device=device.torch_device)
+    positions = torch.arange(shape.context, device=tokens.device).expand_as(tokens)
+    batch = TokenBatch(tokens, tokens, positions, torch.zeros_like(tokens))
+    micro_batches = max(1, shape.rows // shape.micro_rows // device.world_size)
+
+    def backward() -> None:
+        loss, _ = next_token(model, batch)
+        loss.backward()
+        optimizer.accumulate()
+
+    backward()
+    optimizer.step(0.0, 1.0)
+    passes = [_timed(backward, device) for _ in range(3)]
+    update = _timed(lambda: optimizer.step(0.0, 1.0), device)
+    return micro_batches * sorted(passes)[1] + update
+
+
+def _timed(action, device: Device) -> float:  # noqa: ANN001
+    started = time.perf_counter()
+    action()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: Device) -> None:
+    if device.kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def compile_layers(model: Decoder) -> None:
+    """Let PyTorch fuse each layer. The layers share one compilation, so its cost does not grow with depth."""
+    for layer in model.layers:
+        layer.compile()
+
+
+def predict(shape: Shape, optimization: OptimizationConfig, device: Device, step_seconds: float | None) -> Prediction:
+    """What a run of this shape will need.
+
+    Args:
+        shape: what is trained.
+        optimization: how.
+        device: where.
+        step_seconds: measured time of a step; None to take a GPU's usual share of its measured matrix rate.
+    """
+    flops = flops_per_token(shape.model, shape.context) * shape.tokens
+    memory = model_memory(shape.model, optimization, device.compute_dtype)
+    memory += activation_memory(shape.model, shape.micro_rows, shape.context, device.compute_dtype)
+    if step_seconds is None:
+        seconds = flops / (matmul_rate(device) * GPU_UTILIZATION * device.world_size)
+        method = f"{GPU_UTILIZATION:.0%} of the measured matrix rate"
+    else:
+        seconds, method = step_seconds * shape.steps, "three steps timed on this machine"
+    watts = power(device)
+    return Prediction(parameter_count(shape.model), flops, memory, seconds, seconds * watts, f"{method}; {watts:.0f} W assumed")
+
+
+def power(device: Device) -> float:
+    """Watts that the processes of a run are taken to draw; an assumption, named as such wherever it is printed."""
+    each = GPU_WATTS if device.kind == "cuda" else WATTS_PER_CORE * device.threads
+    return each * device.world_size
