@@ -458,7 +458,7 @@ def test_roots_of_one_name_keep_their_ids_apart(tmp_path):
     for parent in ("x", "y"):
         write(tmp_path / parent / "data/a.txt", parent)
     found = read_documents([tmp_path / "x/data", tmp_path / "y/data"], ReadPolicy(), ReadCounts())
-    assert [d.id for d in found] == ["data/a.txt", "data~2/a.txt"]
+    assert [d.id for d in found] == ["data/a.txt", "data/a.txt~2"]
 
 
 def test_links_are_left_out_unless_asked_for(tmp_path):
@@ -493,6 +493,7 @@ def test_licence_and_source_of_each_document(tmp_path):
     )
     write(root / "own/ATTRIBUTION.md", "Under https://creativecommons.org/licenses/by-sa/3.0/ by A")
     write(root / "own/d.txt", "d")
+    write(root / "own/notice of a meeting.txt", "kept")
     documents, counts = read(root)
     found = {d.id: (d.licence, d.language, d.source) for d in documents}
     assert found == {
@@ -502,6 +503,7 @@ def test_licence_and_source_of_each_document(tmp_path):
         "root/books/c.jsonl:1": ("GPL", "", "there"),
         "root/books/c.jsonl:2": ("MIT", "", "root/books/c.jsonl"),
         "root/own/d.txt": ("CC-BY-SA-3.0", "", "root/own"),
+        "root/own/notice of a meeting.txt": ("CC-BY-SA-3.0", "", "root/own"),
     }
     assert counts.files["notice"] == 3
     write(root / "books/sources.json", "{torn")

@@ -55,18 +55,7 @@ FILE_PROBLEMS = ("torn", "bomb", "binary", "unreadable")
 UNCOUNTED_ROWS = ("blank", "header", "markup")  # bytes that no one would call a record
 METADATA_LENGTH = 1000
 FIELD_NAMES = {
-    "text": (
-        "text",
-        "content",
-        "body",
-        "story",
-        "document",
-        "article",
-        "passage",
-        "review",
-        "markdown",
-        "code",
-    ),
+    "text": ("text", "content", "body", "story", "document", "article", "passage", "review", "code"),
     "licence": ("licence", "license"),
     "language": ("language", "lang"),
     "source": ("source", "dataset", "corpus"),
@@ -77,7 +66,7 @@ LICENCE_WORDS = {
     "apache license": "Apache-2.0",
     "permission is hereby granted, free of charge": "MIT",
 }
-NOTICE_NAMES = ("license", "licence", "attribution", "copying", "notice", "copyright")
+NOTICE_NAME = re.compile(r"(licen[cs]e|copying|attribution|notice)s?(-[\w.-]+)?(\.(txt|md|rst|html))?", re.I)
 
 
 @dataclass(frozen=True)
@@ -201,33 +190,29 @@ def read_documents(paths: Sequence[str | Path], policy: ReadPolicy, counts: Read
     try:
         codecs.lookup(policy.encoding or "utf-8")
     except LookupError:
-        raise InputError(
-            "unknown encoding", policy.encoding, "use a name Python knows, such as gb18030"
-        ) from None
+        raise InputError("unknown encoding", policy.encoding, "name one of Python's, as gb18030") from None
     provenance = _Provenance()
     seen: set[str] = set()
     names: Counter[str] = Counter()
     for given in paths:
         found = 0
-        for file in _find_files(given, policy, counts, names):
+        for file in _find_files(given, policy, counts):
             real = os.path.realpath(file.path)
             found += 1
             if real in seen:
                 counts.leave_out("repeated", file.name)
                 continue
             seen.add(real)
+            names[file.name] += 1
+            if names[file.name] > 1:  # two roots, or two files given by name, that are called alike
+                file = replace(file, name=f"{file.name}~{names[file.name]}")
             yield from _read_file(file, policy, counts, provenance)
         if not found:
-            raise InputError(
-                "nothing to read there",
-                str(given),
-                "give " + ", ".join(FORMATS) + " files, also .gz .xz .zst",
-            )
+            kinds = " ".join(FORMATS)
+            raise InputError("nothing to read there", str(given), f"give files of {kinds}, also .gz .xz .zst")
 
 
-def _find_files(
-    given: str | Path, policy: ReadPolicy, counts: ReadCounts, names: Counter[str]
-) -> Iterator[_File]:
+def _find_files(given: str | Path, policy: ReadPolicy, counts: ReadCounts) -> Iterator[_File]:
     path = Path(given)
     if path.exists():
         matches, root = [path], path if path.is_dir() else path.parent
@@ -238,16 +223,13 @@ def _find_files(
     else:
         raise InputError("no such file or folder", str(given), "check the path")
     root_name = path.resolve().name if path.is_dir() else ""
-    if root_name:
-        names[root_name] += 1
-        root_name += f"~{names[root_name]}" if names[root_name] > 1 else ""
     for match in matches:
         files = _walk(match, policy, counts) if match.is_dir() else [match]
         for file in files:
             name = Path(root_name, os.path.relpath(file, root)).as_posix()
             kind, compression = _format_of(file, file == path)
-            if file.name == "sources.json" or (file.stem.lower().startswith(NOTICE_NAMES) and file != path):
-                counts.files["notice"] += 1
+            if file != path and (file.name == "sources.json" or NOTICE_NAME.fullmatch(file.name)):
+                counts.leave_out("notice", name)
             elif not kind:
                 counts.leave_out("unknown_format", name)
             else:
@@ -313,9 +295,7 @@ class _Provenance:
     def _folder(self, folder: Path) -> tuple[dict[str, dict[str, str]], str, str]:
         if folder not in self.folders:
             listed = _read_sources(folder / "sources.json") if (folder / "sources.json").is_file() else {}
-            notices = sorted(
-                path for path in folder.iterdir() if path.stem.lower().startswith(NOTICE_NAMES[:3])
-            )
+            notices = sorted(path for path in folder.iterdir() if NOTICE_NAME.fullmatch(path.name))
             notices = [path for path in notices if path.is_file()]
             licence = next((found for path in notices if (found := _licence_of(path))), "")
             self.folders[folder] = listed, licence, notices[0].name if notices else ""
@@ -341,9 +321,7 @@ def _read_sources(path: Path) -> dict[str, dict[str, str]]:
     for name, stated in content.items():
         stated = {"licence": stated} if isinstance(stated, str) else stated
         if not isinstance(stated, dict):
-            raise InputError(
-                "a file without its facts", f"{path}: {name}", 'write {"licence": ..., "source": ...}'
-            )
+            raise InputError("no facts of a file", f"{path}: {name}", 'write {"licence": ..., "source": ...}')
         fields = [(kind, known) for kind in ("licence", "language", "source") for known in FIELD_NAMES[kind]]
         listed[name] = {kind: str(stated[known]) for kind, known in fields if stated.get(known)}
     return listed
@@ -376,8 +354,8 @@ def _read_file(
 
 
 def _rows(file: _File, policy: ReadPolicy, counts: ReadCounts, columns: "_Columns") -> Iterator[Row]:
-    chunks = read_chunks(file.path, file.compression, ratio=policy.compression_ratio, limit=policy.file_bytes)
-    limit = policy.document_bytes
+    ratio, limit = policy.compression_ratio, policy.document_bytes
+    chunks = read_chunks(file.path, file.compression, ratio=ratio, limit=policy.file_bytes)
     if file.format == "parquet":
         return _parquet_rows(file, chunks, policy, counts, columns)
     text = TextStream(chunks, counts, policy.encoding, file.format == "html").chunks()

@@ -316,30 +316,27 @@ def _emptied(lines: list[Line]) -> int:
 def html_rows(chunks: Iterator[str], limit: int) -> Iterator[Row]:
     """The text of one page: its body (or main element) without scripts, forms, navigation, headers and footers."""
     held: list[str] = []
-    size, problem, detail = 0, "", ""
+    size, too_long = 0, False
     try:
         for chunk in chunks:
             size += utf8_size(chunk)
             held.append(chunk)
             if size > limit:
-                problem, held = "too_long", []
+                held, too_long = [], True
     except SourceError as error:
         yield Row(1, None, size, 0, error.reason, error.detail)
         raise
-    text = ""
-    if not problem and size:
-        try:
-            text = _page_text("".join(held))
-        except ValueError as error:  # lxml's ParserError is one
-            problem, detail = "invalid_html", str(error)
     if size:
-        yield Row(1, text, size, 0, problem, detail)
+        yield Row(1, "" if too_long else _page_text("".join(held)), size, 0, "too_long" if too_long else "")
 
 
 def _page_text(page: str) -> str:
     html = require_library("lxml.html", "HTML")
     parser = html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
-    tree = html.document_fromstring(page.encode("utf-8", "replace"), parser=parser)
+    try:
+        tree = html.document_fromstring(page.encode(), parser=parser)
+    except html.etree.ParserError:  # nothing but space and comments
+        return ""
     for element in list(tree.iter(*_HIDDEN_HTML)):
         if element.getparent() is not None:
             element.drop_tree()
