@@ -49,6 +49,35 @@ class Packing:
     fast: bool = True
 
 
+class Spool:
+    """Cleaned documents in a file, in order, to be read as often as needed.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.documents = self.bytes = 0
+
+    def fill(self, documents: Iterable[Document]) -> None:
+        """Write documents that have any text."""
+        with open(self._path, "wb") as file:
+            for document in documents:
+                text = document.text
+                if not text.strip():
+                    continue
+                row = [document.id, text, document.source, document.licence, document.language, {}]
+                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                self.documents += 1
+                self.bytes += len(text.encode("utf-8", "replace"))
+
+    def __iter__(self) -> Iterator[Document]:
+        with open(self._path, "rb") as file:
+            for line in file:
+                yield Document(*json.loads(line))
+
+
 def hash_fraction(text: str) -> float:
     """A number in [0, 1) from the SHA-256 of a text: which side of the split it belongs to, wherever it occurs."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:6], "big") / 2**48
