@@ -50,6 +50,7 @@ from glasshouse.text.source import (
     utf8_size,
 )
 
+SHIPPED = Path(__file__).resolve().parents[1] / "data"
 EXAMPLES = 5
 FILE_PROBLEMS = ("torn", "bomb", "binary", "unreadable")
 UNCOUNTED_ROWS = ("blank", "header", "markup")  # bytes that no one would call a record
@@ -179,7 +180,7 @@ def read_documents(paths: Sequence[str | Path], policy: ReadPolicy, counts: Read
     """Yield every document of some files, folders and globs, always in the same order.
 
     Args:
-        paths: what to read.
+        paths: what to read; "shipped" is the corpus that comes with the package.
         policy: how.
         counts: filled while documents come out.
 
@@ -213,7 +214,7 @@ def read_documents(paths: Sequence[str | Path], policy: ReadPolicy, counts: Read
 
 
 def _find_files(given: str | Path, policy: ReadPolicy, counts: ReadCounts) -> Iterator[_File]:
-    path = Path(given)
+    path = SHIPPED if str(given) == "shipped" and not Path(given).exists() else Path(given)
     if path.exists():
         matches, root = [path], path if path.is_dir() else path.parent
     elif glob.has_magic(str(given)):
