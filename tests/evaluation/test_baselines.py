@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from glasshouse.errors import InputError
 from glasshouse.evaluation.baselines import FALLBACK_DISCOUNTS, train_ngram
-from glasshouse.inference.sampling import SamplingConfig
+from glasshouse.inference.sampling import GenerationConfig
 
 END = 0
 
@@ -173,14 +173,14 @@ def test_better_than_the_next_lower_order_on_text_with_long_patterns():
 
 def test_samples_follow_the_distribution_and_the_seed():
     model = train_ngram(arrays(random_documents(7)), 30, END)
-    firsts = [next(model.sample([3], 1, SamplingConfig(seed=seed))) for seed in range(2000)]
+    firsts = [next(model.sample([3], GenerationConfig(1.0, seed=seed))) for seed in range(2000)]
     frequency = np.bincount(firsts, minlength=30) / 2000
     assert np.abs(frequency - model.distribution([3])).max() < 0.04
-    text = list(model.sample([3], 50, SamplingConfig(seed=1)))
-    assert text == list(model.sample([3], 50, SamplingConfig(seed=1)))
-    assert text != list(model.sample([3], 50, SamplingConfig(seed=2)))
+    text = list(model.sample([3], GenerationConfig(1.0, seed=1, max_new_tokens=50)))
+    assert text == list(model.sample([3], GenerationConfig(1.0, seed=1, max_new_tokens=50)))
+    assert text != list(model.sample([3], GenerationConfig(1.0, seed=2, max_new_tokens=50)))
     assert all(token != END for token in text[:-1])
-    greedy = list(model.sample([3], 3, SamplingConfig(temperature=0)))
+    greedy = list(model.sample([3], GenerationConfig(temperature=0)))
     assert greedy[0] == model.distribution([3]).argmax()
 
 

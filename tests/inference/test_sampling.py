@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glasshouse.errors import InputError
 from glasshouse.inference.sampling import (
-    SamplingConfig,
+    GenerationConfig,
     apply_rules,
     choose,
     draw,
@@ -86,13 +86,13 @@ def test_no_temperature_overflows():
 
 
 def test_rules_that_change_nothing_are_left_out():
-    assert logit_rules(SamplingConfig()) == []
-    assert len(logit_rules(SamplingConfig(0.5, 3, 0.5, 0.1, 1.1))) == 5
-    assert len(logit_rules(SamplingConfig(0, 3, 0.5, 0.1, 1.1))) == 1
+    assert logit_rules(GenerationConfig(1.0)) == []
+    assert len(logit_rules(GenerationConfig(0.5, 3, 0.5, 0.1, 1.1))) == 5
+    assert len(logit_rules(GenerationConfig(0, 3, 0.5, 0.1, 1.1))) == 1
 
 
 def test_greedy_takes_the_likeliest_after_the_penalty():
-    config = SamplingConfig(temperature=0, repetition_penalty=3.0)
+    config = GenerationConfig(temperature=0, repetition_penalty=3.0)
     logits = apply_rules(logit_rules(config), torch.tensor([1]), torch.tensor([1.0, 2.0, 0.5]))
     assert choose(logits, config, torch.Generator()) == 0
 
@@ -143,16 +143,20 @@ def test_seed_decides():
         {"seed": -1},
         {"seed": 2**63},
         {"seed": 0.5},
+        {"max_new_tokens": 0},
+        {"stop": "word"},
+        {"stop": ("",)},
+        {"stop": (1,)},
     ],
 )
 def test_every_number_is_checked(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
-        SamplingConfig(**wrong)
+        GenerationConfig(**wrong)
 
 
 def test_the_borders_themselves_are_allowed():
-    SamplingConfig(0, 0, 1.0, 0.0, 1.0, 2**63 - 1)
-    SamplingConfig(0.0, 10**9, 1e-9, 1.0, 1e-3, 0)
+    GenerationConfig(0, 0, 1.0, 0.0, 1.0, 2**63 - 1)
+    GenerationConfig(0.0, 10**9, 1e-9, 1.0, 1e-3, 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="the oracle is not installed")
@@ -164,7 +168,7 @@ def test_same_as_transformers(seed):
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 200, (1, 30), generator=random)
     logits = 4 * torch.randn(1, 200, generator=random)
-    config = SamplingConfig(
+    config = GenerationConfig(
         0.3 + 0.2 * seed, 5 + 9 * seed, 0.99 - 0.1 * seed, 0.02 * seed, 1 + 0.1 * (seed + 1)
     )
     expected = logits

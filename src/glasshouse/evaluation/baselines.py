@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from glasshouse.errors import InputError
-from glasshouse.inference.sampling import SamplingConfig, apply_rules, choose, logit_rules
+from glasshouse.inference.sampling import GenerationConfig, apply_rules, choose, logit_rules
 
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 """For orders with too few n-grams to estimate discounts from; KenLM's --discount_fallback."""
@@ -96,14 +96,14 @@ class NgramModel:
             probability[order.keys[start:stop] - node * self.vocab_size] += order.probability[start:stop]
         return probability
 
-    def sample(self, prompt: Sequence[int], max_new_tokens: int, config: SamplingConfig) -> Iterator[int]:
+    def sample(self, prompt: Sequence[int], config: GenerationConfig) -> Iterator[int]:
         """Draw tokens one at a time under the same rules as a model's, until end_of_document (which is yielded)."""
         rules, generator = logit_rules(config), torch.Generator().manual_seed(config.seed)
         tokens = [int(token) for token in prompt]
-        for _ in range(max_new_tokens):
+        for _ in range(config.max_new_tokens):
             logits = torch.from_numpy(np.log(self.distribution(tokens)))
             logits = apply_rules(rules, torch.tensor(tokens, dtype=torch.int64), logits)
-            token = choose(logits, config, generator)
+            token = int(choose(logits, config, generator))
             yield token
             if token == self.end_of_document:
                 return

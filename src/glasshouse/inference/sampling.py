@@ -20,25 +20,30 @@ FORBIDDEN = float("-inf")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is drawn. The defaults draw from the model's own distribution.
+class GenerationConfig:
+    """How text is written: how each token is drawn, and when to stop.
 
     Args:
-        temperature: divides the logits: below 1 safer, above 1 wilder; 0 always takes the likeliest token.
+        temperature: divides the logits: below 1 safer, above 1 wilder, 1 the model's own distribution; 0 always takes
+            the likeliest token.
         top_k: draw only among this many likeliest tokens; 0 for all of them.
         top_p: draw only among the likeliest tokens that together have this probability (nucleus); 1 for all of them.
         min_p: draw only among tokens at least this fraction as likely as the likeliest; 0 for all of them.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens already in the text; 1 for
-            no penalty.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens already in the text; 1
+            for no penalty.
         seed: seed of the draw; the same seed gives the same text.
+        max_new_tokens: write at most this many tokens.
+        stop: end before the first of these strings.
     """
 
-    temperature: float = 1.0
+    temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, 0.0, math.inf)
@@ -47,6 +52,11 @@ class SamplingConfig:
         require_number("min_p", self.min_p, 0.0, 1.0)
         require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
         require_whole("seed", self.seed, 0, 2**63 - 1)
+        require_whole("max_new_tokens", self.max_new_tokens, 1)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(
+                f"stop is {self.stop!r}", "--stop", "give one or more strings that are not empty"
+            )
 
 
 def require_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
@@ -141,7 +151,7 @@ def penalize_repetition(penalty: float) -> LogitRule:
     return rule
 
 
-def logit_rules(config: SamplingConfig) -> list[LogitRule]:
+def logit_rules(config: GenerationConfig) -> list[LogitRule]:
     """The rules a config asks for, in the order they apply; rules that would change nothing are left out.
 
     Penalty, temperature, top-k, top-p, min-p: each sees what those before it left, as in transformers.
@@ -169,8 +179,8 @@ def apply_rules(rules: Sequence[LogitRule], tokens: Tensor, logits: Tensor) -> T
     return logits
 
 
-def draw(logits: Tensor, generator: torch.Generator) -> int:
-    """One token id drawn from softmax(logits), logits [vocab_size].
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token id drawn from softmax(logits): logits [vocab_size], the id int64 with no dimension.
 
     By inverting the cumulative distribution in float64 with one number of a CPU generator, so that a seed gives the
     same token on every device that gives the same logits. A token of probability zero is never drawn.
@@ -179,9 +189,10 @@ def draw(logits: Tensor, generator: torch.Generator) -> int:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     total = cumulative[-1:]
     drawn = torch.searchsorted(cumulative, uniform * total, right=True)
-    return int(torch.minimum(drawn, torch.searchsorted(cumulative, total)))
+    last = torch.searchsorted(cumulative, total)  # of the tokens that have any probability
+    return torch.minimum(drawn, last).clamp_(max=logits.shape[-1] - 1)[0]
 
 
-def choose(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
+def choose(logits: Tensor, config: GenerationConfig, generator: torch.Generator) -> Tensor:
     """One token id from logits [vocab_size] that have been through the rules: the likeliest at temperature 0."""
-    return int(logits.argmax(-1)) if config.temperature == 0 else draw(logits, generator)
+    return logits.argmax(-1) if config.temperature == 0 else draw(logits, generator)
