@@ -8,7 +8,7 @@ nobody can end a turn from inside a message. Knows nothing of corpora, models or
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from glasshouse.errors import InputError
 from glasshouse.files import read_json, write_atomic, write_json
 from glasshouse.text.byte_pair import FastEncoder, bytes_of, fast_encoder
-from glasshouse.text.chat import CHATML_TEMPLATE
+from glasshouse.text.chat import CHATML_TEMPLATE, Message, render_segments
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -28,9 +28,11 @@ SPLIT_PATTERN = (
 )
 END_OF_DOCUMENT, START_OF_TURN, END_OF_TURN, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_DOCUMENT, START_OF_TURN, END_OF_TURN, PAD)
+ROLES = ("bos_token", "eos_token", "pad_token")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCABULARY = 2**21
 FILE_BYTES_LIMIT = 256 * 2**20
+PIECE_CHARACTERS = 2**16
 TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -117,6 +119,40 @@ class Tokenizer:
             return backend.encode(text, add_special_tokens=False).ids
         except TypeError:
             return self._encode_invalid(text)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The ids of a conversation in the model's own chat template.
+
+        Special tokens come from the template alone: a message that spells one stays text.
+
+        Args:
+            messages: {"role", "content", ...}, oldest first.
+            tools: JSON schemas of functions the model may call.
+            add_generation_prompt: end with the beginning of an assistant's turn.
+
+        Raises:
+            InputError: there is no template, or it refuses the messages.
+        """
+        if not self.chat_template:
+            raise InputError(
+                "this model has no chat template", TEMPLATE_FILE, "use a model trained on conversations"
+            )
+        names = {
+            role: self._parsing.id_to_token(self._named(role)) for role in ROLES if self._settings.get(role)
+        }
+        segments = render_segments(
+            self.chat_template, messages, self.special, tools, add_generation_prompt, names
+        )
+        return [
+            number
+            for text, is_special in segments
+            for number in ([self.special[text]] if is_special else self.encode(text))
+        ]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes: what is valid UTF-8 as text, each other byte as its own token.
@@ -296,7 +332,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, exact: bool = True) -
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_pieces(texts), trainer)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
@@ -308,6 +344,19 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, exact: bool = True) -
             f"pass {reached} or less, or give more text",
         )
     return Tokenizer(backend, _our_settings(), CHATML_TEMPLATE)
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Long texts cut after a line or a space: the library reads 256 texts ahead, however long they are."""
+    for text in texts:
+        start = 0
+        while len(text) - start > PIECE_CHARACTERS:
+            stop = start + PIECE_CHARACTERS
+            after = max(text.rfind("\n", start, stop), text.rfind(" ", start, stop - 1))
+            stop = after if after > start else stop
+            yield text[start:stop]
+            start = stop
+        yield text[start:]
 
 
 def _our_settings() -> dict[str, Any]:
