@@ -275,7 +275,7 @@ def build(data: Path, primers: Path) -> dict[str, list[Document]]:
 
 
 def without_repeats(
-    parts: dict[str, list[Document]], primer: list[str], length: int = 30
+    parts: dict[str, list[Document]], primer: list[str], length: int = 20
 ) -> dict[str, list[Document]]:
     """Leave out each document that shares `length` words (or Chinese characters) in a row with an earlier one."""
     seen = {run for text in primer for run in runs(text, length)}

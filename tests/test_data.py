@@ -104,10 +104,10 @@ def test_both_languages_are_there_and_are_what_they_say(documents):
     assert min(shares.values()) > 0.2 * sum(shares.values())
 
 
-def test_no_document_repeats_thirty_words_of_another(documents, builder):
+def test_no_document_repeats_twenty_words_of_another(documents, builder):
     seen: dict[int, str] = {}
     for document in everything(documents):
-        for run in builder.runs(document["text"], 30):
+        for run in builder.runs(document["text"], 20):
             assert seen.setdefault(run, document["id"]) == document["id"], (document["id"], seen[run])
 
 
