@@ -304,13 +304,17 @@ def pack(documents: list[Document]) -> bytes:
 
 
 def summarise(documents: list[Document]) -> dict[str, object]:
-    """What `sources.json` says of one file."""
+    """What `sources.json` says of one file; several values of a field are listed."""
+
+    def one_of(field: str) -> str:
+        return "; ".join(sorted({document[field] for document in documents}))
+
     return {
         "documents": len(documents),
         "text_bytes": sum(len(document["text"].encode()) for document in documents),
-        "languages": sorted({document["language"] for document in documents}),
-        "licences": sorted({document["licence"] for document in documents}),
-        "sources": sorted({document["source"] for document in documents}),
+        "language": one_of("language"),
+        "licence": one_of("licence"),
+        "source": one_of("source"),
     }
 
 
