@@ -5,7 +5,6 @@ one piece over the whole corpus. It knows nothing of what the rules are.
 """
 
 import hashlib
-import heapq
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ class Tally:
 
     seed: int = 0
     documents: int = 0
-    bytes: int = 0
+    size: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_bytes: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
@@ -40,7 +39,7 @@ class Tally:
     def enter(self, size: int) -> None:
         """One document of `size` bytes came in."""
         self.documents += 1
-        self.bytes += size
+        self.size += size
 
     def drop(self, rule: str, size: int, identity: str, example: str) -> None:
         """`rule` dropped a document of `size` bytes; `example` shows why, in one line."""
@@ -59,13 +58,21 @@ class Tally:
 
         A sample by smallest hash (bottom-k) equals a reservoir sample, and two of them can be joined.
         """
+        if self.wants(rule, identity):
+            sample = self.examples.setdefault(rule, [])
+            sample.append((self.priority(rule, identity), identity, shorten(example)))
+            sample.sort()
+            del sample[EXAMPLES:]
+
+    def wants(self, rule: str, identity: str) -> bool:
+        """Whether an example of this document would be kept so far."""
+        sample = self.examples.get(rule, [])
+        return len(sample) < EXAMPLES or self.priority(rule, identity) < sample[-1][0]
+
+    def priority(self, rule: str, identity: str) -> int:
+        """The seeded hash by which examples are chosen."""
         key = f"{self.seed}\0{rule}\0{identity}".encode("utf-8", "replace")
-        priority = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        sample = self.examples.setdefault(rule, [])
-        if len(sample) < EXAMPLES:
-            heapq.heappush(sample, (-priority, identity, shorten(example)))
-        elif -priority > sample[0][0]:
-            heapq.heapreplace(sample, (-priority, identity, shorten(example)))
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
 
     def leave(self, stage: str, size: int, digest: bytes) -> None:
         """A document of `size` bytes and SHA-256 `digest` left a stage."""
@@ -115,27 +122,24 @@ class Waterfall:
         """Add what one piece of work saw. Pieces must be added in the order of their documents, stage by stage."""
         mine = self.tally
         mine.documents += tally.documents
-        mine.bytes += tally.bytes
+        mine.size += tally.size
         for name in ("dropped", "dropped_bytes", "changed", "added_bytes", "left", "left_bytes"):
             getattr(mine, name).update(getattr(tally, name))
         for stage, digests in tally.digests.items():
             self.hashes[stage].update(digests)
         for rule, sample in tally.examples.items():
-            mine.examples[rule] = heapq.nlargest(EXAMPLES, mine.examples.get(rule, []) + sample)
+            mine.examples[rule] = sorted(mine.examples.get(rule, []) + sample)[:EXAMPLES]
         for name, counts in tally.facts.items():
             mine.facts.setdefault(name, Counter()).update(counts)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: `rules` in order, `stages` with their hashes, totals in and out."""
-        documents, size, tally = self.tally.documents, self.tally.bytes, self.tally
+        documents, size, tally = self.tally.documents, self.tally.size, self.tally
         rows: list[dict[str, Any]] = []
         for stage, rule in self.rules:
             kept = documents - tally.dropped[rule]
             kept_bytes = size + tally.added_bytes[rule] - tally.dropped_bytes[rule]
-            samples = [
-                {"id": identity, "text": text}
-                for _, identity, text in sorted(tally.examples.get(rule, []))[::-1]
-            ]
+            samples = [{"id": identity, "text": text} for _, identity, text in tally.examples.get(rule, [])]
             rows.append(
                 {"stage": stage, "rule": rule, "documents_in": documents, "documents_kept": kept}
                 | {"documents_dropped": tally.dropped[rule], "documents_changed": tally.changed[rule]}
@@ -155,7 +159,7 @@ class Waterfall:
         facts = {name: dict(sorted(counts.items())) for name, counts in sorted(tally.facts.items())}
         totals = {
             "documents_in": tally.documents,
-            "bytes_in": tally.bytes,
+            "bytes_in": tally.size,
             "documents_out": documents,
             "bytes_out": size,
         }
