@@ -6,7 +6,8 @@ for one list of merges and for every possible text, whether the two rules can ev
 special tokens or corpora.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +16,7 @@ import tiktoken
 
 Merge = tuple[bytes, bytes]
 PIECE_CHARACTERS = 2**17
+CUT_CHARACTERS = 2**16
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -33,6 +35,34 @@ def bytes_of(token: str) -> bytes:
     if all(character in ALPHABET for character in token):
         return bytes(ALPHABET[character] for character in token)
     return token.encode("utf-8", "replace")
+
+
+def surrogate_bytes(text: str) -> bytes:
+    """Escaped bytes as themselves; other lone surrogates as the three bytes UTF-8 would have for them."""
+    return b"".join(
+        character.encode("utf-8", "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass")
+        for character in text
+    )
+
+
+def piece_bytes(token: str) -> bytes:
+    """The bytes of a SentencePiece-style token: <0x0A> is a byte, the low line of SentencePiece is a space."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode("utf-8", "replace")
+
+
+def cut_texts(texts: Iterable[str]) -> Iterator[str]:
+    """Long texts cut after a line or a space: the library reads 256 texts ahead, however long they are."""
+    for text in texts:
+        start = 0
+        while len(text) - start > CUT_CHARACTERS:
+            stop = start + CUT_CHARACTERS
+            after = max(text.rfind("\n", start, stop), text.rfind(" ", start, stop - 1))
+            stop = after if after > start else stop
+            yield text[start:stop]
+            start = stop
+        yield text[start:]
 
 
 def _join_down_to_two(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -8,7 +8,7 @@ nobody can end a turn from inside a message. Knows nothing of corpora, models or
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,14 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from glasshouse.errors import InputError
 from glasshouse.files import read_json, write_atomic, write_json
-from glasshouse.text.byte_pair import FastEncoder, bytes_of, fast_encoder
+from glasshouse.text.byte_pair import (
+    FastEncoder,
+    bytes_of,
+    cut_texts,
+    fast_encoder,
+    piece_bytes,
+    surrogate_bytes,
+)
 from glasshouse.text.chat import CHATML_TEMPLATE, Message, render_segments
 
 SPLIT_PATTERN = (
@@ -32,7 +39,6 @@ ROLES = ("bos_token", "eos_token", "pad_token")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCABULARY = 2**21
 FILE_BYTES_LIMIT = 256 * 2**20
-PIECE_CHARACTERS = 2**16
 TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -100,7 +106,7 @@ class Tokenizer:
         tokens = [self._parsing.id_to_token(number) or "" for number in range(self.vocab_size)]
         if self.byte_level:
             return [t.encode() if number in added else bytes_of(t) for number, t in enumerate(tokens)]
-        return [_piece_bytes(token) for token in tokens]
+        return [piece_bytes(token) for token in tokens]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for; a special token's are its spelling."""
@@ -167,7 +173,7 @@ class Tokenizer:
             if number % 2 == 0:
                 ids += self.encode(part) if part else []
             else:
-                ids += [self._byte_ids[byte] for byte in _surrogate_bytes(part)]
+                ids += [self._byte_ids[byte] for byte in surrogate_bytes(part)]
         return ids
 
     @cached_property
@@ -241,21 +247,6 @@ class Tokenizer:
             write_atomic(folder / TEMPLATE_FILE, self.chat_template)
         write_atomic(folder / TOKENIZER_FILE, self._parsing.to_str(pretty=True))
         write_json(folder / SETTINGS_FILE, settings)
-
-
-def _surrogate_bytes(text: str) -> bytes:
-    """Escaped bytes as themselves; other lone surrogates as the three bytes UTF-8 would have for them."""
-    return b"".join(
-        character.encode("utf-8", "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass")
-        for character in text
-    )
-
-
-def _piece_bytes(token: str) -> bytes:
-    """The bytes of a SentencePiece-style token: <0x0A> is a byte, the low line of SentencePiece is a space."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode("utf-8", "replace")
 
 
 class _ByteStream:
@@ -332,7 +323,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, exact: bool = True) -
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_pieces(texts), trainer)
+    backend.train_from_iterator(cut_texts(texts), trainer)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
@@ -344,19 +335,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, exact: bool = True) -
             f"pass {reached} or less, or give more text",
         )
     return Tokenizer(backend, _our_settings(), CHATML_TEMPLATE)
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Long texts cut after a line or a space: the library reads 256 texts ahead, however long they are."""
-    for text in texts:
-        start = 0
-        while len(text) - start > PIECE_CHARACTERS:
-            stop = start + PIECE_CHARACTERS
-            after = max(text.rfind("\n", start, stop), text.rfind(" ", start, stop - 1))
-            stop = after if after > start else stop
-            yield text[start:stop]
-            start = stop
-        yield text[start:]
 
 
 def _our_settings() -> dict[str, Any]:
