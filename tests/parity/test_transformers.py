@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from glasshouse.artifact import open_artifact, save_artifact
+from glasshouse.inference.engine import generate
+from glasshouse.inference.generate import continue_text
+from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -57,6 +60,15 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small are slowed down by threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(iter(TEXT), 300)
@@ -71,9 +83,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(1 + 0.3 * noise if "norm" in name or "ln_" in name else 0.2 * noise)
 
 
-def theirs(case: str):
+def theirs(case: str, **changes):
     family, settings = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = getattr(transformers, f"{family}Config")(**settings | changes)
     head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
     model = getattr(transformers, family + head)(config).eval()
     randomise(model, seed=1)
@@ -195,3 +207,81 @@ def test_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
     assert len(reference) == ours.vocab_size
     assert reference.eos_token_id == ours.end_of_document
     assert reference.pad_token_id == ours.pad
+
+
+# ---- generated text
+
+
+STARTS = range(0, 34, 2)
+PROMPTS = [
+    text[start : start + 1 + start % 7]
+    for text in (TEXT[0] * 3, TEXT[1] * 2, TEXT[2] * 3)
+    for start in STARTS
+]
+PROMPTS = [*PROMPTS[:49], ""]
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer, tmp_path_factory):
+    """A model that learned the three texts for some seconds, so that it says them with conviction."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(300, 48, 2, 4, 2, 16, 96, 128))
+    ids = torch.tensor(tokenizer.encode("".join(TEXT)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        starts = torch.randint(0, len(ids) - 33, (16,))
+        window = torch.stack([ids[start : start + 33] for start in starts])
+        logits = model.logits(model(window[:, :-1]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("trained")
+    save_artifact(folder, model, tokenizer)
+    return folder
+
+
+def greedy(model: Decoder, tokenizer: Tokenizer, prompt: list[int], count: int) -> list[int]:
+    config = GenerationConfig(temperature=0.0, repetition_penalty=1.5, max_new_tokens=count)
+    return [token.id for token in generate(model, tokenizer, prompt, config)]
+
+
+def their_greedy(model, prompt: list[int], count: int, **settings) -> list[int]:
+    tokens = torch.tensor([prompt])
+    mask = torch.ones_like(tokens)
+    found = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count, **settings)
+    return found[0, len(prompt) :].tolist()
+
+
+def test_greedy_text_of_fifty_prompts(trained):
+    artifact = open_artifact(trained, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained).eval()
+    reader = transformers.AutoTokenizer.from_pretrained(trained)
+    texts = set()
+    for prompt in PROMPTS:
+        ours = list(continue_text(artifact, prompt, GenerationConfig(temperature=0.0, max_new_tokens=40)))
+        ids = reader(prompt, add_special_tokens=False)["input_ids"] or [reader.bos_token_id]
+        expected = their_greedy(model, ids, 40)
+        assert [token.id for token in ours] == expected, prompt
+        text = reader.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert "".join(token.text for token in ours) == text
+        texts.add(text)
+    assert len(PROMPTS) == 50
+    assert len(texts) > 15  # not one answer to everything
+
+
+@pytest.mark.parametrize("case", ["llama scaled", "mistral", "qwen2 sliding", "gpt2"])
+def test_greedy_tokens_of_random_models(case, tokenizer, tmp_path):
+    """The cache, beyond the sliding window too (40 tokens where it is 8), and the repetition penalty, without which a
+    random model says one word for ever."""
+    reference = theirs(case, vocab_size=300)
+    reference.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    artifact = open_artifact(tmp_path)
+    seen = set()
+    for prompt in ([5], [5, 200, 17], list(range(100, 130))):
+        ours = greedy(artifact.model, artifact.tokenizer, prompt, 40)
+        ends = {"eos_token_id": tokenizer.end_of_document, "pad_token_id": tokenizer.pad}
+        assert ours == their_greedy(reference, prompt, 40, repetition_penalty=1.5, **ends)
+        seen |= set(ours)
+    assert len(seen) > 8
