@@ -15,6 +15,8 @@ PACKAGE = ROOT / "src" / "glasshouse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EVERYONE = {"errors", "files"}
 """Modules that everyone may import: how to refuse, and how to write whole files."""
+IMPORTERS = {"import_module", "require_library", "importorskip"}
+"""Functions that import what their first argument names."""
 STAGES = {"text.prepare", "training.pretrain", "evaluation.evaluate"}
 FLOORS = {
     "errors": set(),
@@ -66,6 +68,8 @@ def imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the floor they come from"
             yield node.module or ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORTERS:
+            yield from (item.value for item in node.args[:1] if isinstance(item, ast.Constant))
 
 
 def own_imports(path: Path) -> set[str]:

@@ -144,7 +144,7 @@ def test_an_evaluation_is_done_once_for_each_weights(tmp_path: Path):
 
     def measure(config: Settings, run: Run) -> None:
         calls.append("measured")
-        run.attach("evaluate", {"digest": run.digest()})
+        run.attach("evaluation", {"digest": run.digest()})
 
     finish_stage("evaluate", measure, Settings(), run.path)
     finish_stage("evaluate", measure, Settings(), run.path)

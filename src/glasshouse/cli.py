@@ -16,8 +16,14 @@ from glasshouse.errors import InputError
 if TYPE_CHECKING:
     from glasshouse.run import Run
 
+RECIPE_WORD = "a YAML file, or the name of a recipe that ships"
 FOLDER_HELP = {"out FOLDER": "where its runs go; runs/NAME by default"}
 OUT_HELP = {"out RUN": "the run folder to make"}
+COMPARE_HELP = {
+    "RUN": "an evaluated run, or several that differ in their seed: runs/a,runs/b",
+    "corpus RUN": "measure both on the held-out text of this corpus instead",
+    "device DEVICE": "auto, cpu, cuda or mps",
+}
 GENERATE_HELP = {
     "MODEL": "a run, a model folder, or a folder in Hugging Face layout",
     "PROMPT": "the text to continue, in quotes; - reads it from standard input; without one, a document is begun",
@@ -218,7 +224,28 @@ def _write_card(path: Path) -> None:
 
 
 def _plan(words: list[str]) -> int:
-    return 1
+    from glasshouse.config import build_config, find_recipe, read_recipe
+
+    [recipe] = _take_positionals("plan", words, "RECIPE")
+    gpus = _take_value(words, "gpus")
+    _refuse_rest(
+        "plan RECIPE", words, {"RECIPE": RECIPE_WORD, "gpus N": "for so many of this machine's GPUs"}
+    )
+    if gpus is not None and not gpus.isdigit():
+        raise InputError(f"{gpus!r} is not a whole number", "--gpus", "give the number of GPUs")
+    path = find_recipe(Path(recipe))
+    stages = read_recipe(path)
+    if "pretrain" not in stages:
+        raise InputError("there is nothing to plan", str(path), "add a pretrain part")
+    configs = {}
+    for stage in (stage for stage in ("prepare", "pretrain") if stage in stages):
+        values = ({"corpus": "."} if "prepare" in stages and stage == "pretrain" else {}) | stages[stage]
+        origins = {name: f"{path}: {stage}.{name}" for name in values}
+        configs[stage] = build_config(_stage(stage)[0], values, origins)
+    from glasshouse.training.forecast import print_forecast
+
+    print_forecast(configs["pretrain"], configs.get("prepare"), int(gpus or 0))
+    return 0
 
 
 def _run(words: list[str]) -> int:
@@ -256,13 +283,22 @@ def _run_recipe(word: str, out: str | None) -> Path:
 
 
 def _compare(words: list[str]) -> int:
-    return 1
+    left, right = _take_positionals("compare", words, "RUN RUN")
+    corpus, where = _take_value(words, "corpus"), _take_value(words, "device") or "auto"
+    _refuse_rest("compare RUN RUN", words, COMPARE_HELP)
+    from glasshouse.device import open_device
+    from glasshouse.evaluation.compare import compare_runs, describe
+
+    sides = [[Path(run) for run in side.split(",")] for side in (left, right)]
+    measured_on = Path(corpus) if corpus else None
+    print(describe(compare_runs(sides[0], sides[1], corpus=measured_on, device=open_device(where))))
+    return 0
 
 
 def _demo(words: list[str]) -> int:
-    out = _take_value(words, "out")
-    _refuse_rest("demo", words, FOLDER_HELP)
-    folder = _run_recipe("demo", out)
+    out, recipe = _take_value(words, "out"), _take_value(words, "config") or "demo"
+    _refuse_rest("demo", words, FOLDER_HELP | {"config RECIPE": "another recipe than the one that ships"})
+    folder = _run_recipe(recipe, out)
     from glasshouse.demo import show_demo
 
     show_demo(folder)

@@ -70,7 +70,7 @@ def finish_stage(stage: str, function: Callable[[Any, Run], object], config: Any
     exists = (folder / RUN_FILE).exists()
     if stage == "evaluate":
         run = open_run(folder)
-        if run.reports().get(stage, {}).get("digest") == run.digest():
+        if run.reports().get("evaluation", {}).get("digest") == run.digest():
             print(f"{stage}: already done, see {folder}")
         else:
             function(config, run)

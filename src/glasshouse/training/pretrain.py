@@ -28,7 +28,7 @@ from glasshouse.training.objectives import next_token
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig
 from glasshouse.training.plan import (
     Prediction, Shape, ShapeRequest, compile_layers, flops_per_token, matmul_rate, model_memory, peak_memory,
-    plan_shape, power, predict, process_memory, size_of,
+    plan_shape, power, predict, process_memory, requested_size, size_of,
 )  # fmt: skip
 from glasshouse.training.progress import Progress, SpikeDetector, clock
 from glasshouse.training.validation import micro_batches, sample_text, validate
@@ -178,7 +178,7 @@ def pretrain(config: PretrainConfig, run: Run) -> None:
         require_agreement("their settings", repr(config))
         corpus = open_corpus(_corpus_folder(config.corpus))
         tokenizer = open_tokenizer(_corpus_folder(config.corpus))
-        optimization = _optimization(config)
+        optimization = chosen_optimization(config)
         shape, compiled, predicted = _settle(config, run, device, corpus, optimization)
         model = Decoder(shape.model)
         initialize(model, config.seed)
@@ -201,7 +201,8 @@ def _corpus_folder(path: Path) -> Path:
     return path / "corpus" if (path / "corpus").is_dir() else path
 
 
-def _optimization(config: PretrainConfig) -> OptimizationConfig:
+def chosen_optimization(config: PretrainConfig) -> OptimizationConfig:
+    """The optimizer's settings: those given, and for the rest those of the size."""
     size = size_of(config.size)
     if config.optimizer not in ("muon", "adamw"):
         raise InputError(f"unknown optimizer {config.optimizer!r}", "--optimizer", "use muon or adamw")
@@ -225,10 +226,11 @@ def _settle(config: PretrainConfig, run: Run, device: Device, corpus: Corpus,
         shape = Shape(**{**known, "model": DecoderConfig(**known["model"])})
         return shape, facts["compiled"], Prediction(**facts["predicted"])
     request = ShapeRequest(**{item.name: getattr(config, item.name) for item in fields(ShapeRequest)})
-    train = corpus.split("train")
+    train, context = corpus.split("train"), requested_size(request).context
+    if min(train.tokens, corpus.split("validation").tokens) <= context:
+        raise InputError(f"the corpus is too small for one row of {context} tokens", str(config.corpus),
+                         "prepare more text, or give a smaller --context")  # fmt: skip
     shape, seconds, compiled = plan_shape(request, optimization, device, corpus.vocab_size, train.tokens)
-    if min(train.tokens, corpus.split("validation").tokens) <= shape.context:
-        raise InputError(f"the corpus is too small for one row of {shape.context} tokens", str(config.corpus), "prepare more text, or give a smaller --context")
     predicted = predict(shape, optimization, device, seconds)
     require_free(run.path, 3 * model_memory(shape.model, optimization, device.compute_dtype))
     wait_for_all()

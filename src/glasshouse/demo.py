@@ -1,0 +1,142 @@
+"""What `glasshouse demo` prints when a model's life is over: what happened, how it writes, how good it is, what next.
+
+Reads finished runs; makes, measures and changes nothing. The samples are the first ones drawn, shown as they came.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from glasshouse.artifact import open_artifact
+from glasshouse.device import open_device
+from glasshouse.evaluation.baselines import train_ngram
+from glasshouse.inference.generate import continue_text
+from glasshouse.inference.sampling import GenerationConfig
+from glasshouse.run import Run, open_run
+from glasshouse.text.packing import Corpus, open_corpus
+from glasshouse.text.tokenizer import open_tokenizer
+
+PROMPT = "Describe a cat.\n"
+SAMPLING = GenerationConfig(temperature=0.8, max_new_tokens=90, seed=1)
+ORDER = 5
+SHORTEST_COPY = 4
+"""Words: shorter runs are shared by any two texts about one thing."""
+
+
+def show_demo(folder: Path, console: Console | None = None) -> None:
+    """Print the outcome of the demo recipe.
+
+    Args:
+        folder: where its runs are: prepare/ and pretrain/.
+        console: where to print; standard output by default.
+
+    Raises:
+        InputError: a run is missing or altered.
+    """
+    console = console or Console(highlight=False)
+    prepared, trained = open_run(folder / "prepare"), open_run(folder / "pretrain")
+    corpus = open_corpus(prepared.corpus_path)
+    texts = [corpus.split("train").text(number) for number in range(corpus.split("train").documents)]
+    samples = {
+        "the model": model_sample(trained),
+        f"the {ORDER}-gram baseline": ngram_sample(corpus, prepared.corpus_path),
+    }
+    console.print()
+    console.print(
+        Panel(_happened(corpus, prepared.read(), trained.read()), title="what happened", title_align="left")
+    )
+    console.print(_side_by_side(samples, texts))
+    console.print(Panel(_measured(trained), title="how good it is", title_align="left"))
+    console.print(Panel(_next(trained.path), title="what next", title_align="left"))
+
+
+def model_sample(run: Run) -> str:
+    """What the model writes after the demo's prompt: its first sample, uncorrected."""
+    device = open_device(seed=SAMPLING.seed)
+    artifact = open_artifact(run.path, dtype=device.compute_dtype, device=device.torch_device)
+    return "".join(token.text for token in continue_text(artifact, PROMPT, SAMPLING))
+
+
+def ngram_sample(corpus: Corpus, folder: Path) -> str:
+    """The same of an n-gram model counted on the same training text, under the same rules."""
+    split, tokenizer = corpus.split("train"), open_tokenizer(folder)
+    documents = (split.document(number)[0] for number in range(split.documents))
+    baseline = train_ngram(documents, corpus.vocab_size, tokenizer.end_of_document, ORDER)
+    tokens = list(baseline.sample(tokenizer.encode(PROMPT), SAMPLING))
+    return tokenizer.decode([token for token in tokens if token != tokenizer.end_of_document])
+
+
+def longest_copy(sample: str, texts: list[str]) -> str:
+    """The longest run of words of a sample that stands in the training texts, word for word."""
+    words, longest = sample.split(), ""
+    together = "\0".join(f" {' '.join(text.split())} " for text in texts)
+    for start in range(len(words)):
+        count = max(1, len(longest.split()) + 1)
+        while start + count <= len(words) and f" {' '.join(words[start : start + count])} " in together:
+            longest = " ".join(words[start : start + count])
+            count += 1
+    return longest
+
+
+def _happened(corpus: Corpus, prepared: dict[str, Any], trained: dict[str, Any]) -> Group:
+    train = corpus.split("train")
+    read = (
+        f"{train.documents:,} documents, {train.bytes / 1e6:.1f} MB, became {train.tokens:,} tokens of a vocabulary of "
+        f"{corpus.vocab_size:,} ({_seconds(prepared)})."
+    )
+    grown = (
+        f"A model of {trained['parameters'] / 1e6:.1f} million weights read {trained['tokens']:,} tokens in "
+        f"{trained['steps']:,} steps ({_seconds(trained)})."
+    )
+    return Group(Text(read), Text(grown))
+
+
+def _seconds(facts: dict[str, Any]) -> str:
+    minutes, seconds = divmod(round(facts["seconds"]), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _side_by_side(samples: dict[str, str], texts: list[str]) -> Table:
+    table = Table(box=box.ROUNDED, expand=True, title_justify="left", title_style="", padding=(0, 1))
+    table.title = f'asked to "{PROMPT.strip()}", first answer, as it came'
+    cells, notes = [], []
+    for name, sample in samples.items():
+        table.add_column(name, ratio=1, header_style="bold")
+        cells.append(Text(sample.strip() or "(nothing)"))
+        copy = longest_copy(sample, texts)
+        count = len(copy.split())
+        copied = f'longest run copied from the training text: {count} words, "{copy}"'
+        notes.append(
+            Text(copied if count >= SHORTEST_COPY else "copies nothing of note from the training text", "dim")
+        )
+    table.add_row(*cells, end_section=True)
+    table.add_row(*notes)
+    return table
+
+
+def _measured(run: Run) -> Text:
+    report = run.reports().get("evaluate", {})
+    return Text(str(report))
+
+
+def _next(path: Path) -> Table:
+    table = Table.grid(padding=(0, 3))
+    command = (
+        "glasshouse"
+        if shutil.which("glasshouse")
+        else os.path.relpath(Path(sys.executable).parent / "glasshouse")
+    )
+    card = path / "README.md"
+    table.add_row("talk to it", f'{command} generate {path} "Describe a dog." --temperature 0.8 --seed 1')
+    table.add_row("read its card", f"{card}   {path / 'report.html'}")
+    table.add_row("use your text", f"{command} prepare --documents my_folder/ --out runs/corpus")
+    table.add_row("", f"{command} pretrain --corpus runs/corpus --size tiny --out runs/base")
+    return table
