@@ -177,7 +177,7 @@ def group_pairs(
 ) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Sentences about one thing, together: each goes to the rarest of its words that enough other sentences share.
 
-    A document of unrelated sentences teaches a model to change the subject.
+    A document of unrelated sentences teaches a model to change the subject; one or two left over make none.
     """
     frequency = Counter(word for english, *_ in pairs for word in set(words(english)))
     groups: dict[str, list[tuple[str, ...]]] = defaultdict(list)
@@ -187,7 +187,7 @@ def group_pairs(
             groups[min(candidates, key=lambda word: (frequency[word], word))].append(pair)
     for word in sorted(groups):
         members = sorted(groups[word], key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-        for start in range(0, len(members), size):
+        for start in range(0, len(members) - 2, size):
             yield f"{word}-{start // size + 1}", members[start : start + size]
 
 
@@ -262,9 +262,10 @@ def build(data: Path, primers: Path) -> dict[str, list[Document]]:
     stories = list(read_stories(data / "pretrain_en/african_storybook_en.jsonl.gz"))
     pairs = list(read_pairs(data / "mt/tatoeba_en_zh.tsv.gz"))
     told = [*primer, *(story["text"] for story in stories)]
-    common = common_words(told, 2) | common_words((pair[0] for pair in pairs), 12)
-    sentences = list(sentence_documents(list(plain_pairs(pairs, common))))
-    passages = read_passages(data / "pretrain_en/classic_books.jsonl.xz", common, grade=6.0, unfamiliar=0.12)
+    storied = common_words(told, 2)
+    common = storied | common_words((pair[0] for pair in pairs), 12)
+    sentences = list(sentence_documents(list(plain_pairs(pairs, storied))))
+    passages = read_passages(data / "pretrain_en/classic_books.jsonl.xz", common, grade=5.0, unfamiliar=0.1)
     parts = {
         "african_storybook_en.jsonl.gz": stories,
         "tatoeba_en.jsonl.gz": [document for document in sentences if document["language"] == "en"],
