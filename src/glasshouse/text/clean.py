@@ -20,8 +20,7 @@ import numpy as np
 
 from glasshouse.errors import InputError
 from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
-from glasshouse.text.decontaminate import EvaluationIndex
-from glasshouse.text.deduplicate import Shelf, find_repeats
+from glasshouse.text.deduplicate import EvaluationIndex, Shelf, find_repeats
 from glasshouse.text.personal_data import redact
 from glasshouse.text.quality import CleanRules, check_rules, has_stage, list_rules
 from glasshouse.text.screening import CHUNK_CHARACTERS, run_in_order, screen_documents, show

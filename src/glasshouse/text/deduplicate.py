@@ -1,4 +1,4 @@
-"""Finding documents that repeat earlier ones, exactly or nearly, and texts that share long n-grams. Counts hashes only.
+"""Finding documents that repeat earlier ones, exactly or nearly, and texts that share long n-grams.
 
 A text is a row of units: words in lower case without punctuation, or single characters where a script does not
 separate words. Everything is computed for a batch of texts at once, on arrays. Near duplicates: MinHash (Broder
@@ -15,7 +15,7 @@ import hashlib
 import json
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from glasshouse.text.language import UNSPACED
 PLANES = 0x20000  # code points with entries of their own; those above are Han
 MIX = np.uint64(0x9E3779B97F4A7C15)
 SCHEMES = {"verified": (40, 4), "published": (14, 8)}  # buckets, hashes per bucket
+SHORTEST_WORDS, SHORTEST_CHARACTERS = 8, 12  # of an evaluation text that is looked for
 COMPARISONS = 8  # real comparisons per document at most, so that a corpus of one template stays linear
 
 
@@ -376,3 +377,44 @@ def find_repeats(shelf: Shelf, exact: bool, scheme: str, length: int, similarity
             pairs, count, Shingles(lambda document: shelf.read(document)[1], length), similarity
         )
     shelf.write_column("near-repeats", kept)
+
+
+class EvaluationIndex:
+    """Hashes of the n-grams of evaluation texts, 8 bytes each, to find training texts that share one.
+
+    GPT-3's rule (arXiv 2005.14165, appendix C): 13 words in a row, in lower case, without punctuation. In scripts
+    without spaces 20 characters stand for 13 words. An evaluation text too short for that is looked for whole, if it
+    has at least 8 words or 12 characters. It finds no paraphrases or translations: nothing that counts n-grams does.
+    (datatrove's block needs the lighteval package and its tasks for its index.)
+
+    Args:
+        texts: the evaluation texts.
+        ngram: words in a row that count as overlap.
+        ngram_characters: the same in scripts without spaces.
+    """
+
+    def __init__(self, texts: Iterable[str], ngram: int = 13, ngram_characters: int = 20):
+        found: dict[int, list[np.ndarray]] = {}
+        for text in texts:
+            units = read_units([text])
+            count, spaced = len(units.hashes), units.by_character.mean() <= 0.5 if len(units.hashes) else True
+            length, shortest = (ngram, SHORTEST_WORDS) if spaced else (ngram_characters, SHORTEST_CHARACTERS)
+            if count >= shortest:
+                length = min(length, count)
+                found.setdefault(length, []).append(grams(units, length)[0])
+        self.hashes = {length: np.unique(np.concatenate(parts)) for length, parts in sorted(found.items())}
+
+    def find(self, texts: Sequence[str]) -> list[str]:
+        """For each text the first n-gram that it shares with an evaluation text, as it stands there; "" for none."""
+        units = read_units(texts)
+        overlaps = [""] * len(texts)
+        edges = np.cumsum([0, *(len(text) + 1 for text in texts)])
+        for length, index in self.hashes.items():
+            hashes, at = grams(units, length)
+            place = np.minimum(np.searchsorted(index, hashes), len(index) - 1)
+            for unit in at[index[place] == hashes].tolist():
+                text = int(np.searchsorted(units.starts, unit, side="right")) - 1
+                if not overlaps[text]:
+                    first, last = units.first[unit] - edges[text], units.last[unit + length - 1] - edges[text]
+                    overlaps[text] = texts[text][first:last]
+        return overlaps

@@ -41,7 +41,7 @@ from glasshouse.text.measures import (
     top_gram_share,
     unbroken_share,
 )
-from glasshouse.text.personal_data import redact
+from glasshouse.text.personal_data import KINDS, Kind
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
@@ -275,7 +275,7 @@ class CleanRules:
     near_duplicate_similarity: float = 0.55
     near_duplicate_ngram: int = 5
     near_duplicate_minimum: int = 20
-    personal_data: tuple[str, ...] = ()
+    personal_data: tuple[Kind, ...] = ()
     evaluation_sets: tuple[str, ...] = ()
     evaluation_ngram: int = 13
     evaluation_ngram_characters: int = 20
@@ -330,8 +330,10 @@ def check_rules(rules: CleanRules) -> None:
     for name in ("near_duplicate_ngram", "evaluation_ngram", "evaluation_ngram_characters"):
         if getattr(rules, name) < 1:
             raise InputError(f"{name} must be at least 1", str(getattr(rules, name)))
-    if rules.personal_data:
-        redact("", rules.personal_data)
+    if strange := [kind for kind in rules.personal_data if kind not in KINDS]:
+        raise InputError(
+            f"no kind of personal data {strange[0]!r}", "personal_data", f"use some of {', '.join(KINDS)}"
+        )
 
 
 def quality_rules(rules: CleanRules) -> list[Rule | LineRule]:

@@ -7,6 +7,7 @@ are found among the hashes, nor of what happens to them.
 import json
 import multiprocessing
 import re
+import shutil
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -89,18 +90,19 @@ class Screened:
 def screen_documents(
     documents: Iterable[Document], rules: CleanRules, part: Path, seed: int, workers: int = 1
 ) -> Iterator[Tally]:
-    """The first pass: judge each document by itself and write what is left to the new folder `part`.
+    """The first pass: judge each document by itself and write what is left to the folder `part`.
 
     Args:
         documents: read once.
         rules: which rules act.
-        part: the folder to make.
+        part: the folder to make; what an earlier attempt left there is removed.
         seed: of the choice of examples.
         workers: processes.
 
     Yields:
         What was counted, chunk by chunk.
     """
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     names = ["documents", "offsets", "exact", "has"]
     buckets = SCHEMES[rules.near_duplicates][0] if has_stage(rules, "near_duplicates") else 0

@@ -80,6 +80,21 @@ class Tally:
         self.left_bytes[stage] += size
         self.digests.setdefault(stage, bytearray()).extend(digest)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for a file."""
+        return self.__dict__ | {"digests": {stage: bytes(part).hex() for stage, part in self.digests.items()}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Tally":
+        """From the plain data of `to_dict`."""
+        tally = cls()
+        for name, value in data.items():
+            setattr(tally, name, Counter(value) if isinstance(getattr(tally, name), Counter) else value)
+        tally.examples = {rule: [(p, i, t) for p, i, t in sample] for rule, sample in tally.examples.items()}
+        tally.digests = {stage: bytearray.fromhex(part) for stage, part in data["digests"].items()}
+        tally.facts = {name: Counter(counts) for name, counts in tally.facts.items()}
+        return tally
+
 
 def shorten(text: str) -> str:
     """One line of at most 160 characters."""
