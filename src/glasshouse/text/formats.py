@@ -99,6 +99,9 @@ def _cut_lines(lines: Iterator[Line], limit: int) -> Iterator[Line]:
     rest, number = "", 0
     try:
         for line in lines:
+            if not (rest or line.problem):  # nearly all of them
+                yield line
+                continue
             text, number = rest + line.text, line.number
             data, start = text.encode() if rest or line.size > limit else b"", 0
             while len(data) - start > limit:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glasshouse.errors import InputError
 
@@ -82,8 +82,7 @@ class ByteCounts:
     encodings: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One line with its newline; `problem` says why it is only a part ("too_long", or a SourceError's reason)."""
 
     number: int
