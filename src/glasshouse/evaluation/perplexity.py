@@ -272,11 +272,11 @@ def resample(values: np.ndarray, *, seed: int, draws: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     units = values.shape[1]
     sums = np.empty((len(values), draws))
-    step = max(1, 2**22 // units)
+    step = max(1, 2**20 // units)
     for start in range(0, draws, step):
         stop = min(start + step, draws)
-        weights = generator.multinomial(units, np.full(units, 1 / units), size=stop - start)
-        sums[:, start:stop] = values @ weights.T
+        drawn = generator.integers(units, size=(stop - start, units))
+        sums[:, start:stop] = values[:, drawn].sum(-1)
     return sums
 
 
