@@ -15,11 +15,11 @@ CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 .DEFAULT_GOAL := install
 
 demo:
-	@$(ENTER) sh .ci/install demo corpus,report "$(CPU_TORCH)"
+	@$(ENTER) sh .ci/install demo report "$(CPU_TORCH)"
 	@$(ENTER) $(PYTHON) -m glasshouse demo
 
 install:
-	@$(ENTER) sh .ci/install dev corpus,report,tensorboard,dev "$(CPU_TORCH)"
+	@$(ENTER) sh .ci/install dev corpus,hub,report,tensorboard,dev "$(CPU_TORCH)"
 
 test: install
 	@$(ENTER) $(PYTHON) -m pytest $(ARGS)
