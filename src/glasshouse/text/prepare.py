@@ -23,6 +23,7 @@ from glasshouse.run import Run
 from glasshouse.text.clean import clean_documents
 from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.text.packing import TRAIN, VALIDATION
+from glasshouse.text.personal_data import KINDS, Kind
 from glasshouse.text.quality import CleanRules
 from glasshouse.text.shards import (
     SHARD_TOKENS,
@@ -39,7 +40,7 @@ from glasshouse.text.waterfall import Waterfall
 
 LEAST_BYTES = 2000
 LEAST_DOCUMENTS = 20
-CHECKED_CHARACTERS = 2 * 2**20
+CHECKED_CHARACTERS = 2**19
 LARGEST_CHOSEN_VOCABULARY = 65_536
 PLAIN_EVERY = 10.0
 WORK, SPOOL = ".work", "cleaned.jsonl"
@@ -63,7 +64,7 @@ class PrepareConfig:
         skip: names of cleaning rules to switch off.
         thresholds: other limits for cleaning rules, by name.
         near_duplicates: how documents that are nearly equal are found, or "none".
-        personal_data: kinds of personal data to replace by a placeholder: email, phone, ip, card, iban, ...; or "all".
+        personal_data: kinds of personal data to replace by placeholders: email, phone, ip, card, ...; or "all".
         evaluation_sets: files whose texts must not be trained on.
         text_field: field or column that holds the text of tables and JSON; empty looks for the usual names.
         text_unit: what one document of a plain text file is: "file", "line" or "paragraph".
@@ -182,11 +183,15 @@ class Progress:
 
     def watch(self, documents: Iterable[Document], verb: str) -> Iterator[Document]:
         """Pass documents on, showing how many and how fast."""
-        started = shown = time.perf_counter()
+        started = shown = 0.0
         number = size = 0
         for document in documents:
+            started = (
+                started or time.perf_counter()
+            )  # what came before the first document was another step's work
             yield document
             number, size, now = number + 1, size + len(document.text), time.perf_counter()
+            shown = shown or now
             if now - shown < self._every:
                 continue
             shown, rate = now, size / (now - started) / 1e6
@@ -212,6 +217,18 @@ class Progress:
 # ------------------------------------------------------------------------------------------------- read and clean
 
 
+def _kinds(names: tuple[str, ...]) -> tuple[Kind, ...]:
+    """The kinds of personal data that were asked for."""
+    if "all" in names:
+        return KINDS
+    if strange := [name for name in names if name not in KINDS]:
+        known = ", ".join(KINDS)
+        raise InputError(
+            f"no kind of personal data {strange[0]!r}", "--personal_data", f"use all, or some of {known}"
+        )
+    return tuple(kind for kind in KINDS if kind in names)
+
+
 def _clean(config: PrepareConfig, work: Path, progress: Progress) -> tuple[Spool, dict[str, Any]]:
     counts, waterfall, spool = ReadCounts(), Waterfall(config.seed), Spool(work / SPOOL)
     policy = ReadPolicy(text_field=config.text_field, text_unit=config.text_unit, encoding=config.encoding)
@@ -221,7 +238,7 @@ def _clean(config: PrepareConfig, work: Path, progress: Progress) -> tuple[Spool
         thresholds=config.thresholds,
         languages=config.languages,
         near_duplicates=config.near_duplicates,
-        personal_data=config.personal_data,
+        personal_data=_kinds(config.personal_data),
         evaluation_sets=config.evaluation_sets,
     )
     documents = read_documents(config.documents, policy, counts)
