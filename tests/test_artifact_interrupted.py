@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,12 +169,31 @@ print(*tally)
 
 def test_killed_while_saving_the_model_is_the_old_or_the_new(model_folder):
     result = subprocess.run(
-        [sys.executable, "-c", KILLED, str(model_folder), "30"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", KILLED, str(model_folder), "20"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     first, second, halfway = map(int, result.stdout.split())
-    assert first + second == 30
-    assert halfway > 5  # the kills did strike in the middle of a save
+    assert first + second == 20
+    assert halfway > 3  # the kills did strike in the middle of a save
+
+
+def test_a_folder_replaced_while_it_is_read_is_refused_in_one_line(model_folder, tokenizer, monkeypatch):
+    real = artifact_module.verify_manifest
+
+    def replaced_meanwhile(folder: Path, digest: str | None) -> str:
+        shutil.rmtree(folder)
+        return real(folder, digest)
+
+    monkeypatch.setattr(artifact_module, "verify_manifest", replaced_meanwhile)
+    assert_refused(lambda: open_artifact(model_folder), "manifest.json")
+    save_artifact(model_folder, random_model(CONFIG), tokenizer)
+    monkeypatch.setattr(artifact_module, "verify_manifest", lambda folder, digest: str(shutil.rmtree(folder)))
+    assert_refused(lambda: open_artifact(model_folder), "cannot read", str(model_folder), "try again")
+
+
+def test_saving_makes_the_folders_above(tokenizer, tmp_path):
+    save_artifact(tmp_path / "a b" / "c" / "model", random_model(CONFIG), tokenizer)
+    assert is_one_of(tmp_path / "a b" / "c" / "model", random_model(CONFIG))
 
 
 # ---- memory

@@ -181,6 +181,19 @@ def open_artifact(
         InputError: there is no such model, or the folder is torn, altered, unsafe or of an unknown family.
     """
     folder, expected_digest = _locate(path)
+    try:
+        return _open_folder(folder, expected_digest, dtype, torch.device(device or "cpu"), verify)
+    except OSError as error:
+        raise InputError(
+            f"cannot read: {error.strerror or error}",
+            str(error.filename or folder),
+            "check its permissions; if a run is writing it just now, try again",
+        ) from error
+
+
+def _open_folder(
+    folder: Path, expected_digest: str | None, dtype: torch.dtype | None, device: torch.device, verify: bool
+) -> Artifact:
     if (folder / MANIFEST).exists() or expected_digest:
         digest = _manifest_digest(folder, expected_digest, verify)
     else:
@@ -189,7 +202,7 @@ def open_artifact(
     config = _read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
-    _load_weights(model, _find_tensors(folder, files, config), dtype, torch.device(device or "cpu"))
+    _load_weights(model, _find_tensors(folder, files, config), dtype, device)
     generation = _read_object(folder, GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
     for name in TOKENIZER_FILES:
         if name == "tokenizer.json" or (folder / name).exists():
