@@ -182,10 +182,6 @@ def make_executor(cluster: ClusterConfig, pipeline: list[Any], tasks: int, logs:
             logging_dir=logs,
             depends=before,
         )
-    if find_spec("ray") is None:
-        raise InputError(
-            "ray is not installed", "executor", "pip install ray, or use executor local or slurm"
-        )
     from datatrove.executor.ray import RayPipelineExecutor
 
     return RayPipelineExecutor(

@@ -182,14 +182,16 @@ def unbroken_share(view: View) -> float:
 
 
 def loop_share(view: View) -> float:
-    """Share of characters in repeated 10-grams, for texts long enough to be a loop rather than a refrain.
+    """Share of characters (spaces left out) in repeated 10-grams, for texts long enough to be a loop rather than a refrain.
 
     A text that zlib cannot press to a quarter has no such loop within 32 kB, and is not looked at closely.
     """
     if len(view.text) < 1000:
         return 0.0
     data = view.text.encode("utf-8", "replace")
-    return repeated_gram_share(view, 10) if len(zlib.compress(data, 1)) < 0.25 * len(data) else 0.0
+    if len(zlib.compress(data, 1)) >= 0.25 * len(data):
+        return 0.0
+    return repeated_gram_share(view, 10) * len(view.text) / max(1, int(view.numbered[1].sum()))
 
 
 def share_of_lines(view: View, test: Callable[[str], bool]) -> float:
