@@ -276,6 +276,7 @@ def _run_recipe(word: str, out: str | None) -> Path:
         origins = {name: f"{path}: {stage}.{name}" for name in values}
         work.append((stage, function, build_config(config_class, values, origins)))
     for stage, function, config in work:
+        print(f"\n== {stage} ==", flush=True)
         finish_stage(stage, function, config, folder / ("pretrain" if stage == "evaluate" else stage))
     if "pretrain" in recipe:
         _write_card(folder / "pretrain")
