@@ -15,7 +15,15 @@ import numpy as np
 from glasshouse.artifact import open_artifact
 from glasshouse.device import Device
 from glasshouse.errors import InputError
-from glasshouse.evaluation.perplexity import FEWEST_DOCUMENTS, NATS_PER_BIT, bits_per_byte, hold_out, resample
+from glasshouse.evaluation.perplexity import (
+    FEWEST_DOCUMENTS,
+    MOST_BYTES,
+    NATS_PER_BIT,
+    bits_per_byte,
+    draw_documents,
+    hold_out,
+    resample,
+)
 from glasshouse.files import read_json
 from glasshouse.text.packing import VALIDATION, open_corpus
 
@@ -228,14 +236,14 @@ def read_costs(run: Path) -> Costs:
     )  # fmt: skip
 
 
-def measure_costs(run: Path, corpus: Path, device: Device, documents: int = 2000) -> Costs:
+def measure_costs(run: Path, corpus: Path, device: Device, most_bytes: int = MOST_BYTES) -> Costs:
     """What a model pays on the held-out side of a corpus that need not be its own.
 
     Args:
         run: a run or a model folder.
         corpus: a run of prepare, or its corpus folder.
         device: where to compute.
-        documents: at most the first so many.
+        most_bytes: measure about this much of it.
 
     Raises:
         InputError: the model or the corpus cannot be opened.
@@ -243,7 +251,7 @@ def measure_costs(run: Path, corpus: Path, device: Device, documents: int = 2000
     corpus = Path(corpus)
     artifact = open_artifact(run, dtype=device.compute_dtype, device=device.torch_device)
     split = open_corpus(corpus / "corpus" if (corpus / "corpus").is_dir() else corpus).split(VALIDATION)
-    numbers = range(min(split.documents, documents))
+    numbers = draw_documents(split, most_bytes)
     held_out = hold_out(split, artifact.tokenizer, numbers, encode=True)
     found = bits_per_byte(artifact.model, held_out, end_of_document=artifact.tokenizer.end_of_document)
     whole = len(found.unit_nats) == len(found.nats)

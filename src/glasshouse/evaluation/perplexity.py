@@ -22,6 +22,8 @@ NATS_PER_BIT = math.log(2)
 FEWEST_DOCUMENTS = 30
 """With fewer documents than this, the interval is over blocks of text instead: resampling a handful says little."""
 BLOCKS = 100
+MOST_BYTES = 2_000_000
+"""Text that is measured unless asked otherwise: enough for an interval of about one per cent."""
 LOGIT_ROWS = 1024
 METHOD = "percentile bootstrap over {units}, {draws:,} draws"
 
@@ -76,6 +78,21 @@ class Measurement:
     sizes: np.ndarray = field(repr=False)
     unit_nats: np.ndarray = field(repr=False)
     unit_sizes: np.ndarray = field(repr=False)
+
+
+def draw_documents(split: Split, most_bytes: int, seed: int = 0) -> list[int]:
+    """Numbers of documents drawn from a split until they have `most_bytes` of text, in the split's order; at least one.
+
+    The same for every tokenizer.
+    """
+    order = np.random.default_rng(seed).permutation(split.documents).tolist()
+    chosen, size = [], 0
+    for number in order:
+        size += split.document(number)[1]
+        if chosen and size > most_bytes:
+            break
+        chosen.append(number)
+    return sorted(chosen)
 
 
 def hold_out(
