@@ -512,8 +512,9 @@ def test_licence_and_source_of_each_document(tmp_path):
 
 
 def test_what_cannot_be_found_is_said(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        texts(tmp_path / "nothing.txt")
+    for name in ("nothing.txt", "x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="no such file"):
+            texts(tmp_path / name)
     for path in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(InputError, match="nothing to read there"):
             texts(path)

@@ -32,6 +32,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -215,7 +216,10 @@ def read_documents(paths: Sequence[str | Path], policy: ReadPolicy, counts: Read
 
 def _find_files(given: str | Path, policy: ReadPolicy, counts: ReadCounts) -> Iterator[_File]:
     path = SHIPPED if str(given) == "shipped" and not Path(given).exists() else Path(given)
-    if path.exists():
+    exists = False
+    with suppress(OSError):  # a name too long to be one
+        exists = path.exists()
+    if exists:
         matches, root = [path], path if path.is_dir() else path.parent
     elif glob.has_magic(str(given)):
         place = next(place for place, part in enumerate(path.parts) if glob.has_magic(part))
@@ -296,9 +300,11 @@ class _Provenance:
     def _folder(self, folder: Path) -> tuple[dict[str, dict[str, str]], str, str]:
         if folder not in self.folders:
             listed = _read_sources(folder / "sources.json") if (folder / "sources.json").is_file() else {}
-            notices = sorted(path for path in folder.iterdir() if NOTICE_NAME.fullmatch(path.name))
-            notices = [path for path in notices if path.is_file()]
-            licence = next((found for path in notices if (found := _licence_of(path))), "")
+            notices, licence = [], ""
+            with suppress(OSError):  # a folder or notice that may not be read states nothing
+                names = sorted(path for path in folder.iterdir() if NOTICE_NAME.fullmatch(path.name))
+                notices = [path for path in names if path.is_file()]
+                licence = next((found for path in notices if (found := _licence_of(path))), "")
             self.folders[folder] = listed, licence, notices[0].name if notices else ""
         return self.folders[folder]
 
@@ -400,7 +406,7 @@ class _Columns:
         """Name the field of each kind; raises InputError, naming the fields there are, when one is missing."""
         if self.names:
             return self.names
-        there = "the fields there are " + (", ".join(map(str, names[:30])) or "none")
+        there = "the fields there are " + (", ".join(str(name)[:40] for name in names[:30]) or "none")
         lowered = {str(name).lower(): name for name in reversed(names)}
         for kind, asked in self.asked.items():
             found = [asked] if asked in names else []
