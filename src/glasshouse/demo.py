@@ -18,7 +18,7 @@ from rich.text import Text
 from glasshouse.artifact import open_artifact
 from glasshouse.device import open_device
 from glasshouse.evaluation.baselines import train_ngram
-from glasshouse.inference.generate import continue_text
+from glasshouse.inference.generate import CONTROLS, continue_text
 from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.run import Run, open_run
 from glasshouse.text.packing import Corpus, open_corpus
@@ -112,7 +112,7 @@ def _side_by_side(samples: dict[str, str], texts: list[str]) -> Table:
     cells, notes = [], []
     for name, sample in samples.items():
         table.add_column(name, ratio=1, header_style="bold")
-        cells.append(Text(sample.strip() or "(nothing)"))
+        cells.append(Text(sample.strip().translate(CONTROLS) or "(nothing)"))
         copy = longest_copy(sample, texts)
         count = len(copy.split())
         copied = f'longest run copied from the training text: {count} words, "{copy}"'
