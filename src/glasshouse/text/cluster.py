@@ -136,7 +136,7 @@ class ReleaseStep:
                     tallies.append(tally)
                     for d in documents:
                         record = [d.id, d.text, d.source, d.licence, d.language, d.metadata]
-                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
             write_tallies(part / "released.jsonl", tallies)
 
 

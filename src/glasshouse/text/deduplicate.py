@@ -26,6 +26,7 @@ import numpy as np
 from glasshouse.text.language import UNSPACED
 
 PLANES = 0x20000  # code points with entries of their own; those above are Han
+PIECE = 2**20  # characters hashed at once, so that a long document needs no more memory
 MIX = np.uint64(0x9E3779B97F4A7C15)
 SCHEMES = {"verified": (40, 4), "published": (14, 8)}  # buckets, hashes per bucket
 SHORTEST_WORDS, SHORTEST_CHARACTERS = 8, 12  # of an evaluation text that is looked for
@@ -86,15 +87,33 @@ class Units:
 
 def read_units(texts: Sequence[str]) -> Units:
     """Units of some texts; words are hashed from their lower-case letters, marks and digits."""
-    folded, single = character_table()
     joined = "\n".join(texts)
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    pieces, begin = [], 0
+    while begin < len(joined) or not pieces:
+        end = find_cut(joined, begin + PIECE)
+        pieces.append(hash_units(joined[begin:end], begin))
+        begin = max(end, 1)
+    hashes, first, last, alone = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
+    edges = np.cumsum([0, *(len(text) + 1 for text in texts)])
+    return Units(hashes, np.searchsorted(first, edges), first, last, alone)
+
+
+def find_cut(joined: str, place: int) -> int:
+    """Where to cut near `place`: not inside a word, unless it has more than a thousand characters."""
+    if place >= len(joined):
+        return len(joined)
+    return next((p for p in range(place, min(place + 1000, len(joined))) if not joined[p].isalnum()), place)
+
+
+def hash_units(text: str, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Units of a piece of text that begins at `offset`: hashes, first, last and by_character of `Units`."""
+    folded, single = character_table()
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     inside = np.minimum(codes, PLANES - 1)
     high = (codes >= PLANES) & (codes < 2 * PLANES)
     values = np.where(high, codes, folded[inside])
-    alone = single[inside] | high
     at = np.flatnonzero(values)
-    values, alone = values[at].astype(np.uint64), alone[at]
+    values, alone = values[at].astype(np.uint64), (single[inside] | high)[at]
     begins = np.ones(len(at), bool)
     if len(at):
         begins[1:] = (np.diff(at) > 1) | alone[1:] | alone[:-1]
@@ -103,11 +122,7 @@ def read_units(texts: Sequence[str]) -> Units:
     place = (np.arange(len(at)) - np.repeat(firsts, lengths)).astype(np.uint64)
     mixed = scramble(values * MIX + place * np.uint64(0xD1B54A32D192ED03))
     hashes = scramble(np.add.reduceat(mixed, firsts)) if len(firsts) else np.empty(0, np.uint64)
-    edges = np.cumsum([0, *(len(text) + 1 for text in texts)])
-    first = at[firsts]
-    starts = np.searchsorted(first, edges)
-    last = at[np.append(firsts[1:], len(at)) - 1] + 1 if len(firsts) else first
-    return Units(hashes, starts, first, last, alone[firsts])
+    return hashes, at[firsts] + offset, at[firsts + lengths - 1] + 1 + offset, alone[firsts]
 
 
 def grams(units: Units, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -38,6 +38,7 @@ TERMINAL = (
     "။",
 )
 WITHOUT_ALPHANUMERIC = {code: None for code in range(128) if chr(code).isalnum()}
+LOOK = 10**6  # characters that are looked through for a loop
 UNBROKEN = re.compile(r"\S{1000,}")
 
 
@@ -188,6 +189,8 @@ def loop_share(view: View) -> float:
     """
     if len(view.text) < 1000:
         return 0.0
+    if len(view.text) > LOOK:
+        view = View(view.text[:LOOK], view.language)
     data = view.text.encode("utf-8", "replace")
     if len(zlib.compress(data, 1)) >= 0.25 * len(data):
         return 0.0

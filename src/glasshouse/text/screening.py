@@ -149,7 +149,10 @@ def screen(chunk: list[Document], rules: CleanRules, seed: int) -> Screened:
         minimum = rules.near_duplicate_minimum
         keys, has = bucket_keys(read_units(texts), rules.near_duplicates, rules.near_duplicate_ngram, minimum)
     records = ([d.id, d.text, d.source, d.licence, d.language, d.metadata] for d in left)
-    lines = [json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for record in records]
+    lines = [
+        json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+        for record in records
+    ]
     return Screened(lines, exact, keys, has, screening.tally)
 
 
