@@ -153,3 +153,22 @@ def test_an_evaluation_is_done_once_for_each_weights(tmp_path: Path):
         (folder / "weights").write_text("others")
     finish_stage("evaluate", measure, Settings(), open_run(run.path).path)
     assert len(calls) == 2
+
+
+def test_of_several_processes_the_first_makes_the_run_and_the_others_join(tmp_path: Path, monkeypatch):
+    joined: list[Path] = []
+
+    def join(config: Settings, run: Run) -> None:
+        joined.append(run.path)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    run_stage("pretrain", join, Settings(), tmp_path / "run")
+    monkeypatch.setenv("RANK", "1")
+    run_stage("pretrain", join, Settings(), tmp_path / "run")
+    assert joined == [tmp_path / "run"] * 2
+    with pytest.raises(InputError, match="prepare runs in one process"):
+        run_stage("prepare", join, Settings(), tmp_path / "other")
+    with pytest.raises(InputError, match="run runs in one process"):
+        finish_stage("pretrain", join, Settings(), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

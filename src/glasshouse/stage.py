@@ -31,7 +31,7 @@ def run_stage(
     Raises:
         InputError: the folder holds a finished run, another stage's, or other files; or what the stage itself refuses.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if _is_follower(stage):
         function(config, _wait_for_run(folder))
         return open_run(folder)
     settings = config_to_dict(config)
@@ -68,6 +68,8 @@ def finish_stage(stage: str, function: Callable[[Any, Run], object], config: Any
         KeyboardInterrupt: the stage was stopped, and saved what it had.
     """
     exists = (folder / RUN_FILE).exists()
+    if _is_follower("run"):
+        return
     if stage == "evaluate":
         run = open_run(folder)
         if run.reports().get("evaluation", {}).get("digest") == run.digest():
@@ -97,6 +99,13 @@ def recorded_settings(folder: Path, stage: str) -> dict[str, Any]:
             f"a run of {', '.join(stages)} is there, not of {stage}", str(folder), "choose another --out"
         )
     return stages[stage]
+
+
+def _is_follower(stage: str) -> bool:
+    """Whether this is one of the further processes that torchrun started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and stage not in RESUMABLE:
+        raise InputError(f"{stage} runs in one process", "torchrun", "use torchrun for `pretrain` alone")
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _wait_for_run(folder: Path, seconds: float = 60.0) -> Run:
