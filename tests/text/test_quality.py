@@ -177,6 +177,17 @@ def test_limits_can_be_changed_and_rules_left_out():
     assert judge(text, "en", choose_rules("none", (), {})).text == text
 
 
+@pytest.mark.parametrize("text", ["", "\n", " ", "\ufffd", "。", "x", "#", "…", "{", "\n\n-\n\n-"])
+@pytest.mark.parametrize("language", ["en", "zh", ""])
+@pytest.mark.parametrize("profile", ["gentle", "web"])
+def test_texts_of_next_to_nothing(text: str, language: str, profile: str):
+    for skip in ((), ("no_text",)):
+        judgement = judge(text, language, choose_rules(profile, skip, {}))
+        assert bool(judgement.text) or judgement.dropped_by
+        for rule in choose_rules(profile, skip, {}):
+            judge(text, language, [rule])
+
+
 @pytest.mark.parametrize(
     ("rules", "what"),
     [

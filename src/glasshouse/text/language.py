@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lingua import LanguageDetector
 
 # Scripts written without spaces: here a character stands for what a word is elsewhere.
 UNSPACED = (
@@ -232,7 +236,7 @@ def vote(words: list[str]) -> str:
 
 
 @lru_cache(maxsize=1)
-def lingua_detector():
+def lingua_detector() -> "LanguageDetector | None":
     """The detector of the lingua library in its small, fast mode; None where it is not installed."""
     if find_spec("lingua") is None:
         return None
