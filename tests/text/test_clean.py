@@ -15,8 +15,7 @@ from glasshouse.errors import InputError
 from glasshouse.text.clean import clean_documents
 from glasshouse.text.corpus import Document
 from glasshouse.text.quality import CleanRules
-from glasshouse.text.screening import normalise, run_in_order
-from glasshouse.text.waterfall import Tally, Waterfall, digest_document
+from glasshouse.text.waterfall import Waterfall, digest_document
 
 STORY = "The little dog ran to the river and saw a big fish that was as blue as the sky on a day in June. "
 EVERYTHING = CleanRules(
@@ -179,42 +178,6 @@ def test_personal_data_is_replaced_and_not_shown(tmp_path: Path):
     assert "joe" not in json.dumps(report)
     assert report["facts"]["personal_data"]["email"] >= 1
     check_sums(report)
-
-
-@pytest.mark.parametrize(
-    ("text", "mended"),
-    [
-        ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
-        ("\ufeffa\x00b\x1bc\x7f", "abc"),
-        ("a  \nb\t\nc\u3000\n", "a\nb\nc"),
-        ("a\n\n\n\n\n\nb", "a\n\n\nb"),
-        ("\n\n  a", "  a"),
-        ("e\u0301", "é"),
-        ("Ａ，１\u00a0 ﬁ …", "Ａ，１\u00a0 ﬁ …"),
-        ("a\tb\n\n\nc", "a\tb\n\n\nc"),
-        ("x\ud800y", "xy"),
-    ],
-)
-def test_normalise(text: str, mended: str):
-    assert normalise(text) == mended
-    assert normalise(mended) == mended
-
-
-def test_examples_are_a_fair_sample():
-    counts = [0] * 40
-    for seed in range(400):
-        tally = Tally(seed)
-        for number in range(40):
-            tally.drop("rule", 1, str(number), "text")
-        for _, identity, _ in tally.examples["rule"]:
-            counts[int(identity)] += 1
-    assert sum(counts) == 2000
-    assert min(counts) > 20  # 50 expected, standard deviation 6.6
-    assert max(counts) < 80
-
-
-def test_results_come_in_order():
-    assert list(run_in_order(str, range(50), 2)) == list(map(str, range(50)))
 
 
 FLAT = """
