@@ -17,6 +17,7 @@ import tiktoken
 Merge = tuple[bytes, bytes]
 PIECE_CHARACTERS = 2**17
 CUT_CHARACTERS = 2**16
+NO_TOKEN = "\0no such token\0"
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -108,7 +109,6 @@ class FastEncoder:
         pattern: the regular expression that splits a text into the stretches that merges may not cross.
         ids: id of every token's bytes; all 256 single bytes must be among them.
         merges: pairs of token bytes, most urgent first.
-
     """
 
     def __init__(self, pattern: str, ids: dict[bytes, int], merges: Sequence[Merge]):
@@ -119,7 +119,8 @@ class FastEncoder:
             "glasshouse",
             pat_str=pattern,
             mergeable_ranks={token: rank for rank, token in enumerate(order)},
-            special_tokens={},
+            # Never parsed. Without any, tiktoken looks for the empty one, and finds it at every character.
+            special_tokens={NO_TOKEN: len(order)},
         )
 
     def encode(self, text: str) -> np.ndarray | None:
