@@ -34,10 +34,8 @@ FLOORS = {
     "inference": {"models", "artifact", "text", "device"},
     "training": {"text", "models", "artifact", "tasks", "inference", "run", "device", "config"},
     "evaluation": {"inference", "tasks", "text", "artifact", "run", "device", "config"},
-    "charts": set(),
-    "page": {"charts"},
-    "card": {"run", "page", "charts"},
-    "report": {"run", "card", "page", "charts"},
+    "card": set(),
+    "report": {"run", "card"},
     "demo": {"run", "artifact", "inference", "evaluation", "text", "device"},
     "cli": {
         "config",

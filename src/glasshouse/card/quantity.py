@@ -1,0 +1,95 @@
+"""How measured values are written: units, prefixes, rounding. Knows nothing of what was measured."""
+
+import math
+from typing import Any
+
+NOT_MEASURED = "not measured"
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+def number_of(value: Any) -> float | None:
+    """The value where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def count(value: Any) -> str:
+    """A whole number with separators."""
+    number = number_of(value)
+    return NOT_MEASURED if number is None else f"{number:,.0f}"
+
+
+def decimal(value: Any, digits: int = 3, unit: str = "") -> str:
+    """A number with a fixed number of decimals."""
+    number = number_of(value)
+    return NOT_MEASURED if number is None else f"{number:,.{digits}f}{unit}"
+
+
+def share(part: Any, whole: Any) -> str:
+    """A part as a percentage."""
+    part, whole = number_of(part), number_of(whole)
+    return NOT_MEASURED if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def scaled(value: Any, unit: str) -> str:
+    """Three digits and a prefix: 405 MB, 51.8 GFLOP."""
+    number = number_of(value)
+    if number is None:
+        return NOT_MEASURED
+    power = next(
+        (power for power in range(len(PREFIXES)) if abs(number) < 999.5 * 1000**power), len(PREFIXES) - 1
+    )
+    small = number / 1000**power
+    digits = 0 if abs(small) >= 99.95 or power == 0 else 1 if abs(small) >= 9.995 else 2
+    return f"{small:,.{digits}f} {PREFIXES[power]}{unit}"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as a person writes them."""
+    number = number_of(seconds)
+    if number is None:
+        return NOT_MEASURED
+    if number < 120:
+        return f"{number:.1f} s"
+    minutes = round(number / 60)
+    return (
+        f"{int(number // 60)} min {number % 60:.0f} s"
+        if number < 3600
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def energy(joules: Any) -> str:
+    """Joules as watt-hours."""
+    number = number_of(joules)
+    return (
+        NOT_MEASURED
+        if number is None
+        else scaled(number / 3600, "Wh")
+        if number >= 3600e3
+        else f"{number / 3600:.3g} Wh"
+    )
+
+
+def ratio(found: Any, guess: Any) -> str:
+    """What was found, in units of what was predicted."""
+    found, guess = number_of(found), number_of(guess)
+    return NOT_MEASURED if found is None or not guess else f"{found / guess:.2f}"
+
+
+def short(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {short(item)}" for name, item in list(value.items())[:20]) or "none"
+    if isinstance(value, list):
+        return ", ".join(short(item) for item in value) if len(value) <= 8 else f"{len(value)} values"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else "none"
+        if value is None
+        else str(value)
+    )
