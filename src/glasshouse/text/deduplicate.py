@@ -9,7 +9,7 @@ separate words. Everything is computed for a batch of texts at once, on arrays. 
 
 datatrove's MinHash blocks are not used: they split words with spaCy, take one document at a time (signatures of
 English Wikipedia on one core: 2.2 MB/s with the words split for them, here 16 MB/s with splitting), and
-need a pass over files per step; the tests hold the "published" clusters against them. Nothing here reads documents.
+need a pass over files per step; the tests hold the "published" clusters against them. It knows no rules and no report.
 """
 
 import hashlib
