@@ -15,7 +15,6 @@ from glasshouse.errors import InputError
 from glasshouse.files import atomic_folder, write_manifest
 from glasshouse.text.corpus import Document
 from glasshouse.text.packing import (
-    IGNORE,
     TRAIN,
     VALIDATION,
     Corpus,
@@ -272,9 +271,9 @@ def test_labels_positions_and_documents():
     end = 9
     packed = pack_rows(np.array([[1, 2, end, 3, 4, 5, end, end, 6]]), end)
     assert packed.tokens.tolist() == [[1, 2, 9, 3, 4, 5, 9, 9]]
-    assert packed.labels.tolist() == [[2, 9, IGNORE, 4, 5, 9, IGNORE, IGNORE]]
-    assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
-    assert packed.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 2]]
+    assert packed.labels.tolist() == [[2, 9, 3, 4, 5, 9, 9, 6]]
+    assert packed.positions.tolist() == [[0, 1, 0, 1, 2, 3, 0, 0]]
+    assert packed.documents.tolist() == [[0, 0, 1, 1, 1, 1, 2, 3]]
     assert (packed.tokens.dtype, packed.labels.dtype, packed.positions.dtype) == (np.int64,) * 3
     assert packed.documents.dtype == np.int32
     assert packed.tokens.flags.c_contiguous
@@ -285,10 +284,10 @@ def test_rows_agree_with_a_plain_loop(stream: list[int]):
     packed = pack_rows(np.array([stream]), 0)
     position = document = 0
     for column, (token, following) in enumerate(pairwise(stream)):
+        position, document = (0, document + 1) if token == 0 else (position + (column > 0), document)
         assert packed.positions[0, column] == position
         assert packed.documents[0, column] == document
-        assert packed.labels[0, column] == (IGNORE if token == 0 else following)
-        position, document = (0, document + 1) if token == 0 else (position + 1, document)
+        assert packed.labels[0, column] == following
 
 
 def test_reading_goes_round_and_across_shards(corpus: Corpus):

@@ -30,7 +30,7 @@ def continue_text(artifact: Artifact, prompt: str, config: GenerationConfig) -> 
     Raises:
         InputError: the prompt leaves no room in the model's context.
     """
-    prompt_tokens = artifact.tokenizer.encode(prompt)
+    prompt_tokens = artifact.tokenizer.prompt(prompt)
     return generate(
         artifact.model, artifact.tokenizer, prompt_tokens, config, end_tokens=end_tokens(artifact)
     )

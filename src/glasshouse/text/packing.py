@@ -20,7 +20,6 @@ from glasshouse.files import read_json, verify_manifest
 
 CORPUS_FILE = "corpus.json"
 TRAIN, VALIDATION = "train", "validation"
-IGNORE = -100
 SAMPLED_TOKENS = 2**16
 FEISTEL_ROUNDS = 6
 
@@ -31,8 +30,8 @@ class Batch:
 
     Args:
         tokens: int64 token ids.
-        labels: int64 id of the token that follows each; -100 where the next token begins another document.
-        positions: int64 position inside the document, from 0 where the document (or the row) begins.
+        labels: int64 id of the token that follows each; .
+        positions: int64 position inside the document, 0 for the end-of-document token before it (or the row's first).
         documents: int32 number of the document inside the row; attention must not cross it.
     """
 
@@ -261,21 +260,19 @@ def batch(split: Split, step: int, rows: int, context: int, seed: int) -> Batch:
 def pack_rows(stream: np.ndarray, end_of_document: int) -> Batch:
     """Turn windows of the stream into a batch.
 
+    The end-of-document token has two parts: it is what the last token of a document must predict, and it is what the
+    next document is read after. So it belongs to the document that follows it, as in generation, where it begins the
+    prompt; every token of a document is predicted, its first one too.
+
     Args:
         stream: [rows, context + 1] int64 ids, every document ended by `end_of_document`.
         end_of_document: that id.
     """
     tokens, labels = stream[:, :-1], stream[:, 1:].copy()
-    ended = tokens == end_of_document
-    labels[ended] = (
-        IGNORE  # the next document is drawn at random: there is nothing to learn from its first token
-    )
-    documents = np.zeros(tokens.shape, dtype=np.int32)
-    np.cumsum(ended[:, :-1], axis=1, out=documents[:, 1:])
+    begun = tokens == end_of_document
+    documents = np.cumsum(begun, axis=1, dtype=np.int32)
     columns = np.arange(tokens.shape[1], dtype=np.int64)
-    starts = np.zeros(tokens.shape, dtype=np.int64)
-    starts[:, 1:] = np.where(ended[:, :-1], columns[1:], 0)
-    positions = columns - np.maximum.accumulate(starts, axis=1)
+    positions = columns - np.maximum.accumulate(np.where(begun, columns, 0), axis=1)
     return Batch(np.ascontiguousarray(tokens), labels, positions, documents)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from glasshouse.errors import InputError
 from glasshouse.files import read_json, write_atomic, write_json
@@ -125,6 +125,13 @@ class Tokenizer:
             return backend.encode(text, add_special_tokens=False).ids
         except TypeError:
             return self._encode_invalid(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text as a model reads it from its start: with the begin token that the tokenizer's file asks for.
+
+        Ours begin with end_of_document, Llama's with their own token, GPT-2's with none.
+        """
+        return [*self._plain.encode("", add_special_tokens=True).ids, *self.encode(text)]
 
     def encode_chat(
         self,
@@ -326,6 +333,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, exact: bool = True) -
     backend.train_from_iterator(cut_texts(texts), trainer)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    start = (END_OF_DOCUMENT, backend.token_to_id(END_OF_DOCUMENT))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_DOCUMENT} $A", pair=f"{END_OF_DOCUMENT} $A {END_OF_DOCUMENT} $B", special_tokens=[start]
     )
     reached = backend.get_vocab_size(with_added_tokens=True)
     if exact and reached != vocab_size:

@@ -81,6 +81,6 @@ def sample_text(model: Decoder, tokenizer: Tokenizer, prompt: str, seed: int) ->
     """What the model writes after a prompt, as it comes."""
     config = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
     model.eval()
-    text = "".join(token.text for token in generate(model, tokenizer, tokenizer.encode(prompt), config))
+    text = "".join(token.text for token in generate(model, tokenizer, tokenizer.prompt(prompt), config))
     model.train()
     return text
