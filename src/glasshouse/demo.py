@@ -57,7 +57,9 @@ def show_demo(folder: Path, console: Console | None = None) -> None:
     if "evaluation" in trained.reports():
         measured = _measured(trained.reports()["evaluation"])
         console.print(Panel(measured, title="how good it is", title_align="left"))
-    console.print(Panel(_next(trained.path), title="what next", title_align="left"))
+    for about, command in _next(trained.path).items():
+        console.print(Text(f"\n{about}:", "bold"))
+        console.print(f"  {command}", soft_wrap=True, markup=False)  # in one line, to be copied
 
 
 def model_sample(run: Run) -> str:
@@ -149,16 +151,15 @@ def _interval(figures: dict[str, Any]) -> str:
     return f"{figures['value']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]"
 
 
-def _next(path: Path) -> Table:
-    table = Table.grid(padding=(0, 3))
-    command = (
+def _next(path: Path) -> dict[str, str]:
+    program = (
         "glasshouse"
         if shutil.which("glasshouse")
         else os.path.relpath(Path(sys.executable).parent / "glasshouse")
     )
-    card = path / "README.md"
-    table.add_row("talk to it", f'{command} generate {path} "Describe a dog." --temperature 0.8 --seed 1')
-    table.add_row("read its card", f"{card}   {path / 'report.html'}")
-    table.add_row("use your text", f"{command} prepare --documents my_folder/ --out runs/corpus")
-    table.add_row("", f"{command} pretrain --corpus runs/corpus --size tiny --out runs/base")
-    return table
+    return {
+        "Read its card": f"{path / 'README.md'}   {path / 'report.html'}",
+        "Talk to it": f'{program} generate {path} "Describe a dog." --seed 1',
+        "Make one of your own text": f"{program} prepare --documents my_folder/ --out runs/corpus\n"
+        f"  {program} pretrain --corpus runs/corpus --size tiny --out runs/base",
+    }
