@@ -36,9 +36,13 @@ class Case:
     context: int
 
 
-def llama(vocab_size: int, width: int, layers: int, heads: int, feed_forward: int, context: int) -> DecoderConfig:
+def llama(
+    vocab_size: int, width: int, layers: int, heads: int, feed_forward: int, context: int
+) -> DecoderConfig:
     """A Llama without grouped queries."""
-    return DecoderConfig(vocab_size, width, layers, heads, heads, width // heads, feed_forward, context, query_key_norm=False)
+    return DecoderConfig(
+        vocab_size, width, layers, heads, heads, width // heads, feed_forward, context, query_key_norm=False
+    )
 
 
 SHAPES = {
@@ -72,7 +76,13 @@ def ours(case: Case, device: Device, compiled: bool) -> Step:
     return step
 
 
-def peer_step(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], case: Case, device: Device, autocast: bool) -> Step:
+def peer_step(
+    model: torch.nn.Module,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    case: Case,
+    device: Device,
+    autocast: bool,
+) -> Step:
     """A plain training step around somebody else's model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(case.model.vocab_size, (case.rows, case.context + 1), device=device.torch_device)
@@ -210,7 +220,9 @@ def ratio(label: str, other: str, seconds: dict[str, list[float]]) -> str:
 
 def main() -> None:
     """Run the rounds and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0)
@@ -235,10 +247,16 @@ def main() -> None:
     for label, times in seconds.items():
         rate = tokens / statistics.median(times)
         shares = [tokens * flops / time / rate_then for time, rate_then in zip(times, peaks, strict=True)]
-        print(f"{label:24} {rate:10,.0f} tokens/s {statistics.median(shares):6.0%} of the matrix rate {workers[label].end():8.2f} GB")
-    best = min((label for label in seconds if label.startswith("ours")), key=lambda name: statistics.median(seconds[name]))
+        print(
+            f"{label:24} {rate:10,.0f} tokens/s {statistics.median(shares):6.0%} of the matrix rate {workers[label].end():8.2f} GB"
+        )
+    best = min(
+        (label for label in seconds if label.startswith("ours")),
+        key=lambda name: statistics.median(seconds[name]),
+    )
     for other in (label for label in seconds if not label.startswith("ours")):
         print(f"{best} / {other:24} {ratio(best, other, seconds)}")
+    return None
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ class Device:
     @property
     def torch_device(self) -> torch.device:
         """The torch device: on CUDA the one of this process."""
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.kind == "cuda" else torch.device(self.kind)
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if self.kind == "cuda"
+            else torch.device(self.kind)
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -62,7 +66,11 @@ def open_device(device: str = "auto", dtype: str = "auto", seed: int = 0, thread
     if kind not in available:
         raise InputError(f"unknown device {device!r}", "--device", "use auto, cpu, cuda or mps")
     if not available[kind]:
-        raise InputError(f"no {kind} device on this machine", "--device", "use --device cpu, or install a PyTorch built for it")
+        raise InputError(
+            f"no {kind} device on this machine",
+            "--device",
+            "use --device cpu, or install a PyTorch built for it",
+        )
     if dtype == "auto":
         dtype = "bfloat16" if _multiplies_bfloat16(kind) else "float32"
     if dtype not in DTYPES:

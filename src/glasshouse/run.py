@@ -1,6 +1,6 @@
 """A run folder: the only hand-over between stages. It knows which files a run has, not what is in them.
 
-    recipe.yaml  run.json  metrics.jsonl  model/ or corpus/  state/  reports/*.json  README.md  report.html
+recipe.yaml  run.json  metrics.jsonl  model/ or corpus/  state/  reports/*.json  README.md  report.html
 """
 
 import fcntl
@@ -73,7 +73,10 @@ class Run:
     def keep_metrics(self, last_step: int) -> None:
         """Drop the lines logged after `last_step`, which a resumed run is about to log again."""
         kept = [record for record in self.metrics() if record.get("step", 0) <= last_step]
-        write_atomic(self.path / METRICS_FILE, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        write_atomic(
+            self.path / METRICS_FILE,
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept),
+        )
 
     def attach(self, name: str, report: dict[str, Any]) -> None:
         """Write reports/NAME.json; the report should name the digest of what it measured."""
@@ -87,7 +90,9 @@ class Run:
 
     def finish(self, **facts: Any) -> None:
         """Mark the run finished: the last thing a stage writes."""
-        write_json(self.path / RUN_FILE, {**self.read(), **facts, "digest": self.digest(), "status": "finished"})
+        write_json(
+            self.path / RUN_FILE, {**self.read(), **facts, "digest": self.digest(), "status": "finished"}
+        )
 
     def digest(self) -> str | None:
         """The digest of the model or corpus that the run holds, or None when it holds none yet."""

@@ -19,7 +19,8 @@ TENSORS = {"master.a": torch.arange(6.0).view(2, 3), "step.a": torch.tensor(3.0)
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     save_state(tmp_path, 3, TENSORS, {"seconds": 1.5})
     tensors, facts, passed_over = load_state(tmp_path)
-    assert facts == {"seconds": 1.5, "step": 3} and passed_over == []
+    assert facts == {"seconds": 1.5, "step": 3}
+    assert passed_over == []
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
 
 
@@ -40,7 +41,9 @@ def test_a_harmed_state_is_named_and_passed_over(tmp_path: Path, harm: str) -> N
     if harm == "remove":
         newest.unlink()
     _, facts, passed_over = load_state(tmp_path)
-    assert facts["step"] == 1 and len(passed_over) == 1 and "state.safetensors" in passed_over[0]
+    assert facts["step"] == 1
+    assert len(passed_over) == 1
+    assert "state.safetensors" in passed_over[0]
 
 
 def test_nothing_saved_is_one_clear_line(tmp_path: Path) -> None:
@@ -59,7 +62,9 @@ for step in itertools.count(1):
 
 def test_killed_while_saving_the_newest_whole_state_is_found(tmp_path: Path) -> None:
     for attempt in range(6):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.013 * attempt)
@@ -68,6 +73,7 @@ def test_killed_while_saving_the_newest_whole_state_is_found(tmp_path: Path) -> 
         process.wait()
         process.stdout.close()
         tensors, facts, passed_over = load_state(tmp_path)
-        assert passed_over == [] and facts["step"] >= max(done, default=1)
+        assert passed_over == []
+        assert facts["step"] >= max(done, default=1)
         assert torch.equal(tensors["master.a"], torch.full((200_000,), float(facts["step"])))
         assert not list(tmp_path.glob(".step-*")), "leftovers of an interrupted save must be cleared"

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests.training.test_objectives import random_model
 
 from glasshouse.training.loop import Schedule, Step, train_steps
 from glasshouse.training.objectives import IGNORED, TokenBatch, next_token
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig, learning_rate_factor
-from tests.training.test_objectives import random_model
 
 
 def uneven_rows(seed: int) -> TokenBatch:
@@ -32,7 +32,11 @@ def train(rows: int, steps: int = 3, **settings: object) -> tuple[list[Step], di
     model = random_model()
     config = OptimizationConfig(**{"learning_rate": 1e-3, "warmup": 0.0, "decay": 0.0, **settings})  # type: ignore[arg-type]
     optimizer = MasterOptimizer(model, config)
-    taken = list(train_steps(model, next_token, lambda step: split(uneven_rows(step), rows), optimizer, Schedule(0, steps)))
+    taken = list(
+        train_steps(
+            model, next_token, lambda step: split(uneven_rows(step), rows), optimizer, Schedule(0, steps)
+        )
+    )
     return taken, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -65,14 +69,17 @@ def test_mean_of_means_would_be_wrong() -> None:
     """The rows are uneven enough for the usual mistake (averaging the means of micro-batches) to show."""
     model, batch = random_model(), uneven_rows(0)
     whole, weight = next_token(model, batch)
-    means = [float(loss.detach()) / count for loss, count in (next_token(model, piece) for piece in split(batch, 4))]
+    means = [
+        float(loss.detach()) / count
+        for loss, count in (next_token(model, piece) for piece in split(batch, 4))
+    ]
     assert abs(sum(means) / 4 - float(whole.detach()) / weight) > 1e-3
 
 
 def nan_at(steps: set[int]) -> Callable[..., tuple[float, int]]:
     seen = iter(range(100))
 
-    def gradients(objective, model, batch):  # noqa: ANN001, ANN202
+    def gradients(objective, model, batch):
         loss, weight = objective(model, batch)
         scale = math.nan if next(seen) in steps else 1.0
         (loss * scale).backward()
@@ -102,11 +109,14 @@ def test_stopping_drops_the_step_under_way() -> None:
     before = model.embedding.weight.detach().clone()
     steps = list(train_steps(model, next_token, lambda step: split(uneven_rows(step), 4),
                              MasterOptimizer(model, OptimizationConfig()), Schedule(0, 3), lambda: next(asked)))  # fmt: skip
-    assert steps == [] and torch.equal(before, model.embedding.weight)
+    assert steps == []
+    assert torch.equal(before, model.embedding.weight)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_schedule_rises_stays_and_falls() -> None:
     factors = [learning_rate_factor(step, 100, 0.1, 0.4) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9:61] == [1.0] * 52
-    assert factors[-1] == pytest.approx(1 / 40) and sorted(factors[60:], reverse=True) == factors[60:]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:61] == [1.0] * 52
+    assert factors[-1] == pytest.approx(1 / 40)
+    assert sorted(factors[60:], reverse=True) == factors[60:]

@@ -17,7 +17,9 @@ def random_model(seed: int = 0) -> Decoder:
     initialize(model, seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + 1)) * 0.05)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + 1)) * 0.05
+            )
     return model
 
 
@@ -41,7 +43,9 @@ def test_nothing_to_learn_gives_zero_loss_and_gradient() -> None:
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORED))
     loss.backward()
-    assert float(loss.detach()) == 0.0 and hidden.grad is not None and float(hidden.grad.abs().sum()) == 0.0
+    assert float(loss.detach()) == 0.0
+    assert hidden.grad is not None
+    assert float(hidden.grad.abs().sum()) == 0.0
 
 
 def test_scores_are_never_all_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +59,9 @@ def test_scores_are_never_all_held_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         return softmax(scores, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch, "log_softmax", watched)
-    linear_cross_entropy(torch.randn(300, 4, requires_grad=True), torch.randn(100, 4), torch.zeros(300, dtype=torch.int64))
+    linear_cross_entropy(
+        torch.randn(300, 4, requires_grad=True), torch.randn(100, 4), torch.zeros(300, dtype=torch.int64)
+    )
     assert 0 < largest <= 1000
 
 

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from tests.training.test_objectives import random_model
 from torch import nn
 
-from glasshouse.training.optimization import MasterOptimizer, Muon, OptimizationConfig, is_hidden_matrix, orthogonalize
-from tests.training.test_objectives import random_model
+from glasshouse.training.optimization import (
+    MasterOptimizer,
+    Muon,
+    OptimizationConfig,
+    is_hidden_matrix,
+    orthogonalize,
+)
 
 
 def test_muon_equals_pytorch() -> None:
@@ -14,7 +20,9 @@ def test_muon_equals_pytorch() -> None:
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     muon = Muon(ours, 0.02, 0.1)
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(5):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn(one.shape)
@@ -30,13 +38,15 @@ def test_muon_equals_pytorch() -> None:
 def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonalize(matrices).float())
-    assert values.min() > 0.3 and values.max() < 1.5
+    assert values.min() > 0.3
+    assert values.max() < 1.5
 
 
 def test_only_matrices_inside_layers_go_to_muon() -> None:
     model = random_model()
     chosen = {name for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)}
-    assert chosen and all(name.endswith(".weight") and "norm" not in name for name in chosen)
+    assert chosen
+    assert all(name.endswith(".weight") and "norm" not in name for name in chosen)
     assert "embedding.weight" not in chosen
 
 

@@ -27,7 +27,9 @@ STEPS = 40
 
 def quick(corpus: Path, **settings: object) -> PretrainConfig:
     """A run of a few seconds on one thread."""
-    config = PretrainConfig(corpus, size="nano", steps=STEPS, batch_tokens=512, threads=1, validations=4, device="cpu")
+    config = PretrainConfig(
+        corpus, size="nano", steps=STEPS, batch_tokens=512, threads=1, validations=4, device="cpu"
+    )
     return replace(config, **settings)  # type: ignore[arg-type]
 
 
@@ -61,16 +63,22 @@ def finished(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 def test_it_learns_and_records_what_it_did(finished: Run) -> None:
     facts, metrics = finished.read(), finished.metrics()
     losses = [record["loss"] for record in metrics if "loss" in record]
-    assert len(losses) == STEPS and losses[-1] < 0.6 * losses[0]
+    assert len(losses) == STEPS
+    assert losses[-1] < 0.6 * losses[0]
     validations = [record["validation_loss"] for record in metrics if "validation_loss" in record]
-    assert len(validations) == 4 and facts["best"]["step"] in (10, 20, 30, 40)
-    assert facts["status"] == "finished" and facts["digest"] == finished.digest()
-    assert facts["tokens"] == STEPS * 512 and facts["energy"] > 0 and facts["flops"] > 0
+    assert len(validations) == 4
+    assert facts["best"]["step"] in (10, 20, 30, 40)
+    assert facts["status"] == "finished"
+    assert facts["digest"] == finished.digest()
+    assert facts["tokens"] == STEPS * 512
+    assert facts["energy"] > 0
+    assert facts["flops"] > 0
 
 
 def test_the_model_it_leaves_can_be_opened_alone(finished: Run, tmp_path: Path) -> None:
     artifact = open_artifact(finished.path)
-    assert artifact.verified and artifact.model.config.vocab_size == 320
+    assert artifact.verified
+    assert artifact.model.config.vocab_size == 320
     tokens = torch.tensor([artifact.tokenizer.encode("The cat sees the dog.")])
     assert torch.isfinite(artifact.model.logits(artifact.model(tokens))).all()
 
@@ -80,7 +88,9 @@ def test_the_memory_it_took_is_the_memory_predicted(finished: Run) -> None:
     assert facts["predicted_memory"] == pytest.approx(facts["memory"], rel=0.2)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(corpus_folder: Path, finished: Run, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    corpus_folder: Path, finished: Run, tmp_path: Path
+) -> None:
     for seed in (0, 1):
         config = quick(corpus_folder, seed=seed)
         run = start(tmp_path / str(seed), config)
@@ -109,7 +119,11 @@ def launch(folder: Path, config: PretrainConfig, shape: dict[str, object]) -> su
 
 
 def settled(run: Run) -> dict[str, object]:
-    return {name: value for name, value in run.read().items() if name in ("shape", "compiled", "predicted", "corpus_digest", "baseline_memory")}
+    return {
+        name: value
+        for name, value in run.read().items()
+        if name in ("shape", "compiled", "predicted", "corpus_digest", "baseline_memory")
+    }
 
 
 def wait_for_step(folder: Path, process: subprocess.Popen[str], steps: int) -> None:
@@ -128,7 +142,11 @@ def killed_again_and_again(folder: Path, config: PretrainConfig, shape: dict[str
     while True:
         process = launch(folder, config, shape)
         if hits < kills:
-            done = (folder / "metrics.jsonl").read_bytes().count(b'"gradient_norm"') if (folder / "metrics.jsonl").exists() else 0
+            done = (
+                (folder / "metrics.jsonl").read_bytes().count(b'"gradient_norm"')
+                if (folder / "metrics.jsonl").exists()
+                else 0
+            )
             wait_for_step(folder, process, done + draw.randint(0, max(1, STEPS // kills - 2)))
             time.sleep(draw.random() * 0.05)
             process.kill()
@@ -139,7 +157,9 @@ def killed_again_and_again(folder: Path, config: PretrainConfig, shape: dict[str
         assert process.returncode == -signal.SIGKILL, errors
 
 
-def test_killed_at_random_points_it_ends_with_the_same_weights(corpus_folder: Path, finished: Run, tmp_path: Path) -> None:
+def test_killed_at_random_points_it_ends_with_the_same_weights(
+    corpus_folder: Path, finished: Run, tmp_path: Path
+) -> None:
     config = quick(corpus_folder, save_minutes=0.0)
     killed_again_and_again(tmp_path / "killed", config, settled(finished), 2)
     assert_same_weights(open_run(tmp_path / "killed"), finished)
@@ -148,14 +168,18 @@ def test_killed_at_random_points_it_ends_with_the_same_weights(corpus_folder: Pa
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_ends_with_the_same_weights(corpus_folder: Path, finished: Run, tmp_path: Path) -> None:
+def test_killed_ten_times_it_ends_with_the_same_weights(
+    corpus_folder: Path, finished: Run, tmp_path: Path
+) -> None:
     config = quick(corpus_folder, save_minutes=0.0)
     assert killed_again_and_again(tmp_path / "killed", config, settled(finished), 10) == 10
     assert_same_weights(open_run(tmp_path / "killed"), finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_and_ends_with_code_0(corpus_folder: Path, finished: Run, tmp_path: Path, number: int) -> None:
+def test_a_polite_signal_saves_and_ends_with_code_0(
+    corpus_folder: Path, finished: Run, tmp_path: Path, number: int
+) -> None:
     config = quick(corpus_folder, validations=STEPS)  # so that signals arrive during validation too
     shape = settled(finished)
     process = launch(tmp_path / "run", config, shape)
@@ -165,14 +189,17 @@ def test_a_polite_signal_saves_and_ends_with_code_0(corpus_folder: Path, finishe
     assert process.returncode == 0, errors
     assert "go on with --resume" in output
     run = open_run(tmp_path / "run")
-    assert run.read()["status"] == "stopped" and 5 <= run.read()["step"] < STEPS
+    assert run.read()["status"] == "stopped"
+    assert 5 <= run.read()["step"] < STEPS
     pretrain(config, run)
     assert run.read()["status"] == "finished"
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, weights(finished)[name]), name
 
 
-def test_a_stop_during_validation_is_heeded(corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_during_validation_is_heeded(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = quick(corpus_folder)
     run = start(tmp_path / "run", config)
     validate = stage.validate
@@ -183,12 +210,17 @@ def test_a_stop_during_validation_is_heeded(corpus_folder: Path, tmp_path: Path,
 
     monkeypatch.setattr(stage, "validate", signalled)
     pretrain(config, run)
-    assert run.read()["status"] == "stopped" and run.read()["step"] == 10
+    assert run.read()["status"] == "stopped"
+    assert run.read()["step"] == 10
     assert load_state(run.state_path)[1]["step"] == 10
 
 
-def test_a_diverging_run_stops_by_name_and_keeps_its_last_good_state(corpus_folder: Path, tmp_path: Path) -> None:
-    config = quick(corpus_folder, learning_rate=1e30, optimizer="adamw", warmup=0.5, save_minutes=0.0, clip=0.0)
+def test_a_diverging_run_stops_by_name_and_keeps_its_last_good_state(
+    corpus_folder: Path, tmp_path: Path
+) -> None:
+    config = quick(
+        corpus_folder, learning_rate=1e30, optimizer="adamw", warmup=0.5, save_minutes=0.0, clip=0.0
+    )
     run = start(tmp_path / "run", config)
     with pytest.raises(InputError, match=r"5 steps in a row without a finite loss"):
         pretrain(config, run)
@@ -196,12 +228,24 @@ def test_a_diverging_run_stops_by_name_and_keeps_its_last_good_state(corpus_fold
     assert all(torch.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("master."))
 
 
-def test_early_stopping_stops_after_validations_that_are_no_better(corpus_folder: Path, tmp_path: Path) -> None:
-    config = quick(corpus_folder, steps=200, validations=40, early_stop=2, matrix_learning_rate=0.5, learning_rate=0.3)
+def test_early_stopping_stops_after_validations_that_are_no_better(
+    corpus_folder: Path, tmp_path: Path
+) -> None:
+    config = quick(
+        corpus_folder, steps=200, validations=40, early_stop=2, matrix_learning_rate=0.5, learning_rate=0.3
+    )
     run = start(tmp_path / "run", config)
     pretrain(config, run)
     facts = run.read()
-    assert facts["status"] == "finished" and facts["steps"] < 200 and facts["steps"] - facts["best"]["step"] == 2 * 5
+    assert (
+        facts["status"] == "finished"
+    )
+    assert (
+        facts["steps"] < 200
+    )
+    assert (
+        facts["steps"] - facts["best"]["step"] == 2 * 5
+    )
 
 
 def test_two_processes_cannot_work_in_one_run(corpus_folder: Path, tmp_path: Path) -> None:
@@ -232,7 +276,9 @@ def test_another_corpus_is_refused_when_resuming(corpus_folder: Path, tmp_path: 
         ({"layout": "bert"}, "unknown layout 'bert'"),
     ],
 )  # fmt: skip
-def test_bad_settings_are_refused_in_one_line(corpus_folder: Path, tmp_path: Path, settings: dict[str, object], message: str) -> None:
+def test_bad_settings_are_refused_in_one_line(
+    corpus_folder: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
     if settings.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     config = quick(corpus_folder, **settings)
@@ -240,13 +286,16 @@ def test_bad_settings_are_refused_in_one_line(corpus_folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match=message) as caught:
         pretrain(config, run)
     assert "\n" not in str(caught.value)
-    assert not run.state_path.exists() and not run.model_path.exists()
+    assert not run.state_path.exists()
+    assert not run.model_path.exists()
 
 
 def test_two_processes_train_like_one(corpus_folder: Path, finished: Run, tmp_path: Path) -> None:
     runs = []
     for processes in (1, 2):
-        config = quick(corpus_folder, dtype="float32", steps=6, validations=2, batch_tokens=576)  # 9 rows: uneven shares
+        config = quick(
+            corpus_folder, dtype="float32", steps=6, validations=2, batch_tokens=576
+        )  # 9 rows: uneven shares
         folder = tmp_path / str(processes)
         run = start(folder, config)
         settings = tmp_path / f"{processes}.json"
@@ -263,6 +312,10 @@ def test_two_processes_train_like_one(corpus_folder: Path, finished: Run, tmp_pa
         result = subprocess.run(command, capture_output=True, text=True, timeout=280)
         assert result.returncode == 0, result.stderr[-2000:]
         runs.append(run)
-    one, two = ([(record["loss"], record["gradient_norm"]) for record in run.metrics() if "loss" in record] for run in runs)
+    one, two = (
+        [(record["loss"], record["gradient_norm"]) for record in run.metrics() if "loss" in record]
+        for run in runs
+    )
     for (loss, norm), (other_loss, other_norm) in zip(one, two, strict=True):
-        assert loss == pytest.approx(other_loss, rel=1e-4) and norm == pytest.approx(other_norm, rel=1e-3)
+        assert loss == pytest.approx(other_loss, rel=1e-4)
+        assert norm == pytest.approx(other_norm, rel=1e-3)

@@ -64,8 +64,15 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False,
-           tap: Tap | None = None, name: str = "") -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool = False,
+    tap: Tap | None = None,
+    name: str = "",
+) -> Tensor:
     """The mean of the values, weighted by softmax(query · key / sqrt(d)).
 
     Args:
@@ -109,7 +116,15 @@ class Attention(nn.Module):
         query_key_norm: epsilon of a norm on queries and keys (Qwen3); None for no norm.
     """
 
-    def __init__(self, width: int, heads: int, key_value_heads: int, head_dim: int, bias: str, query_key_norm: float | None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_value_heads: int,
+        head_dim: int,
+        bias: str,
+        query_key_norm: float | None,
+    ):
         super().__init__()
         self.heads, self.key_value_heads, self.head_dim = heads, key_value_heads, head_dim
         self.query = nn.Linear(width, heads * head_dim, bias=bias != "none")
@@ -120,8 +135,16 @@ class Attention(nn.Module):
         self.query_norm = RootMeanSquareNorm(head_dim, query_key_norm) if normed else None
         self.key_norm = RootMeanSquareNorm(head_dim, query_key_norm) if normed else None
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, causal: bool,
-                cache: Cache | None, layer: int, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        causal: bool,
+        cache: Cache | None,
+        layer: int,
+        tap: Tap | None = None,
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]; `rotary` is a table of the positions, None where positions are learned."""
         name = f"layers.{layer}.attention"
         query = self._heads(self.query(hidden), self.query_norm, rotary)
@@ -135,7 +158,9 @@ class Attention(nn.Module):
         read = read.transpose(1, 2).reshape(*hidden.shape[:-1], self.heads * self.head_dim)
         return touch(tap, f"{name}.output", self.output(touch(tap, f"{name}.read", read)))
 
-    def _heads(self, flat: Tensor, norm: RootMeanSquareNorm | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _heads(
+        self, flat: Tensor, norm: RootMeanSquareNorm | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """[B, T, H * d] to [B, H, T, d], normed and rotated."""
         heads = flat.unflatten(-1, (-1, self.head_dim))
         if norm is not None:

@@ -84,11 +84,22 @@ class DecoderLayer(nn.Module):
         )  # fmt: skip
         self.feed_forward_norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
         self.feed_forward = FeedForward(
-            config.embedding_dim, config.feed_forward_dim, config.activation, config.gated, config.bias == "all"
+            config.embedding_dim,
+            config.feed_forward_dim,
+            config.activation,
+            config.gated,
+            config.bias == "all",
         )
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, causal: bool,
-                cache: Cache | None = None, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        causal: bool,
+        cache: Cache | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]."""
         name = f"layers.{self.index}"
         hidden = touch(tap, f"{name}.residual_before", hidden)
@@ -113,18 +124,29 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         learned = config.position == "learned"
-        self.position_embedding = nn.Embedding(config.context_length, config.embedding_dim) if learned else None
+        self.position_embedding = (
+            nn.Embedding(config.context_length, config.embedding_dim) if learned else None
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
-        self.head = None if config.tie_embeddings else nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+        )
 
     @property
     def output_weight(self) -> Tensor:
         """The matrix that turns a hidden vector into logits: [vocab_size, D]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
-                cache: Cache | None = None, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
         """The hidden vector after each token.
 
         Args:
@@ -157,10 +179,14 @@ class Decoder(nn.Module):
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rotary":
             return None
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        frequencies = rotary_frequencies(
+            self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        )
         return rotary_table(positions, frequencies.to(positions.device), dtype)
 
-    def _mask(self, queries: int, start: int, documents: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, bool]:
+    def _mask(
+        self, queries: int, start: int, documents: Tensor | None, hidden: Tensor
+    ) -> tuple[Tensor | None, bool]:
         """The additive mask shared by every layer, and whether the plain causal triangle does instead of one."""
         mask = Mask(True, self.config.sliding_window, documents)
         if mask.is_plain(queries, start + queries):
@@ -177,10 +203,14 @@ def initialize(model: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if name.endswith(("attention.output.weight", "feed_forward.down.weight")) or name.endswith("bias"):
+            if name.endswith(("attention.output.weight", "feed_forward.down.weight")) or name.endswith(
+                "bias"
+            ):
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                deviation = 0.02 if "embedding" in name or name == "head.weight" else parameter.shape[1] ** -0.5
+                deviation = (
+                    0.02 if "embedding" in name or name == "head.weight" else parameter.shape[1] ** -0.5
+                )
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))

@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glasshouse.errors import InputError
-from glasshouse.files import atomic_folder, read_json, recover_folder, require_free, verify_manifest, write_json
+from glasshouse.files import (
+    atomic_folder,
+    read_json,
+    recover_folder,
+    require_free,
+    verify_manifest,
+    write_json,
+)
 
 KEPT = 2
 
@@ -67,4 +74,6 @@ def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], l
         except InputError as error:
             passed_over.append(f"passed over {path.name}: {error}")
     why = f" ({'; '.join(passed_over)})" if passed_over else ""
-    raise InputError(f"no saved state to go on from{why}", str(folder), "start the run again without --resume")
+    raise InputError(
+        f"no saved state to go on from{why}", str(folder), "start the run again without --resume"
+    )

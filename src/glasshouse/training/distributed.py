@@ -101,7 +101,9 @@ def require_agreement(name: str, value: str) -> None:
     digest = int(hashlib.sha256(value.encode()).hexdigest()[:12], 16)
     total = sum_numbers([float(digest)])[0]
     if any_process(total != float(digest) * dist.get_world_size()):
-        raise InputError(f"the processes differ in {name}", "torchrun", "start every process with the same command")
+        raise InputError(
+            f"the processes differ in {name}", "torchrun", "start every process with the same command"
+        )
 
 
 class StopSignal:
@@ -114,7 +116,9 @@ class StopSignal:
         self.received = False
 
     def __enter__(self) -> "StopSignal":
-        self.before = [(number, signal.signal(number, self._receive)) for number in (signal.SIGTERM, signal.SIGINT)]
+        self.before = [
+            (number, signal.signal(number, self._receive)) for number in (signal.SIGTERM, signal.SIGINT)
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -66,8 +66,15 @@ class Schedule:
     seed: int = 0
 
 
-def train_steps(model: nn.Module, objective: Objective, batches: Batches, optimizer: MasterOptimizer, schedule: Schedule,
-                stop: Callable[[], bool] = lambda: False, gradients: Gradients = ordinary_gradients) -> Iterator[Step]:
+def train_steps(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    optimizer: MasterOptimizer,
+    schedule: Schedule,
+    stop: Callable[[], bool] = lambda: False,
+    gradients: Gradients = ordinary_gradients,
+) -> Iterator[Step]:
     """Train, yielding one `Step` per optimizer step.
 
     Args:
@@ -96,8 +103,9 @@ def train_steps(model: nn.Module, objective: Objective, batches: Batches, optimi
         yield _update(optimizer, schedule, number, loss_sum, int(total), started)
 
 
-def _update(optimizer: MasterOptimizer, schedule: Schedule, number: int, loss_sum: float, weight: int,
-            started: float) -> Step:
+def _update(
+    optimizer: MasterOptimizer, schedule: Schedule, number: int, loss_sum: float, weight: int, started: float
+) -> Step:
     factor = learning_rate_factor(number, schedule.steps, optimizer.config.warmup, optimizer.config.decay)
     skipped, norm = "", 0.0
     if weight == 0:
@@ -110,4 +118,6 @@ def _update(optimizer: MasterOptimizer, schedule: Schedule, number: int, loss_su
         if not math.isfinite(norm):
             skipped = f"the norm of the gradient is {norm}"
     optimizer.clear()
-    return Step(number, loss_sum / max(1, weight), weight, norm, factor, time.perf_counter() - started, skipped)
+    return Step(
+        number, loss_sum / max(1, weight), weight, norm, factor, time.perf_counter() - started, skipped
+    )

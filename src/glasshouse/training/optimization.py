@@ -59,7 +59,9 @@ class MasterOptimizer:
         masters: float32 weights by name to start from; the model's own where None.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizationConfig, masters: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, model: nn.Module, config: OptimizationConfig, masters: Mapping[str, Tensor] | None = None
+    ):
         self.config = config
         self.parameters = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
@@ -71,12 +73,19 @@ class MasterOptimizer:
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        muon = {n for n, p in self.masters.items() if self.config.optimizer == "muon" and is_hidden_matrix(n, p)}
+        muon = {
+            n for n, p in self.masters.items() if self.config.optimizer == "muon" and is_hidden_matrix(n, p)
+        }
         rest = {name: master for name, master in self.masters.items() if name not in muon}
         decayed = [master for master in rest.values() if master.dim() == 2]
         plain = [master for master in rest.values() if master.dim() != 2]
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        adamw = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), eps=1e-10, fused=True)
+        groups = [
+            {"params": decayed, "weight_decay": self.config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(
+            groups, lr=self.config.learning_rate, betas=(0.9, 0.95), eps=1e-10, fused=True
+        )
         if not muon:
             return [adamw]
         matrices = [self.masters[name] for name in self.masters if name in muon]
@@ -114,11 +123,13 @@ class MasterOptimizer:
             The norm of the mean gradient; when it is not finite nothing was updated.
         """
         gradients = self.gradients()
-        torch._foreach_mul_(gradients, 1.0 / weight)
+        for gradient in gradients:
+            gradient.mul_(1.0 / weight)
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
             if self.config.clip and norm > self.config.clip:
-                torch._foreach_mul_(gradients, self.config.clip / norm)
+                for gradient in gradients:
+                    gradient.mul_(self.config.clip / norm)
             for optimizer, peak in zip(self.optimizers, self._peaks(), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * factor
@@ -158,11 +169,17 @@ class MasterOptimizer:
         """Take over what `state` returned, bit for bit."""
         self.load_masters({name: tensors[f"master.{name}"] for name in self.masters})
         for optimizer in self.optimizers:
-            keys = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum",)
+            keys = (
+                ("step", "exp_avg", "exp_avg_sq")
+                if isinstance(optimizer, torch.optim.AdamW)
+                else ("momentum",)
+            )
             for group in optimizer.param_groups:
                 for master in group["params"]:
                     name = next(n for n, m in self.masters.items() if m is master)
-                    found = {key: tensors[f"{key}.{name}"].clone() for key in keys if f"{key}.{name}" in tensors}
+                    found = {
+                        key: tensors[f"{key}.{name}"].clone() for key in keys if f"{key}.{name}" in tensors
+                    }
                     if found:
                         optimizer.state[master] = found
 
@@ -181,9 +198,20 @@ class Muon(torch.optim.Optimizer):
         iterations: Newton-Schulz iterations.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], learning_rate: float, weight_decay: float = 0.1,
-                 momentum: float = 0.95, iterations: int = 5):
-        defaults = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum, "iterations": iterations}
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        learning_rate: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        iterations: int = 5,
+    ):
+        defaults = {
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "iterations": iterations,
+        }
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
@@ -198,15 +226,18 @@ class Muon(torch.optim.Optimizer):
                 self._update(parameters, group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, float]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        update = orthogonalize(torch.stack(nesterov), int(group["iterations"]))
+        """Update matrices of one shape together."""
+        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+        momenta = torch.stack([self.state[parameter]["momentum"] for parameter in parameters])
+        momenta.lerp_(gradients, 1 - group["momentum"])
+        update = orthogonalize(gradients.lerp_(momenta, group["momentum"]), int(group["iterations"]))
         rows, columns = parameters[0].shape
         rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(update.to(parameters[0].dtype).unbind()), alpha=-rate)
+        for index, parameter in enumerate(parameters):
+            self.state[parameter]["momentum"].copy_(momenta[index])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update[index], alpha=-rate)
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:

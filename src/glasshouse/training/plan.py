@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -187,11 +188,23 @@ def requested_size(request: ShapeRequest) -> Size:
         given["feed_forward"] = math.ceil(given["width"] * 8 / 3 / 64) * 64
     size = replace(size, **given)
     if size.width % size.heads or size.width // size.heads % 2:
-        raise InputError(f"width {size.width} does not split into {size.heads} heads of an even width", "--heads", "choose heads that divide the width")
+        raise InputError(
+            f"width {size.width} does not split into {size.heads} heads of an even width",
+            "--heads",
+            "choose heads that divide the width",
+        )
     if size.heads % size.key_value_heads:
-        raise InputError(f"{size.heads} heads cannot share {size.key_value_heads} key_value_heads", "--key_value_heads", "choose a divisor of the heads")
+        raise InputError(
+            f"{size.heads} heads cannot share {size.key_value_heads} key_value_heads",
+            "--key_value_heads",
+            "choose a divisor of the heads",
+        )
     if size.batch_tokens < size.context:
-        raise InputError(f"batch_tokens {size.batch_tokens} is less than one row of {size.context}", "--batch_tokens", "make it at least the context")
+        raise InputError(
+            f"batch_tokens {size.batch_tokens} is less than one row of {size.context}",
+            "--batch_tokens",
+            "make it at least the context",
+        )
     return size
 
 
@@ -211,15 +224,22 @@ def decoder_shape(size: Size, vocab_size: int, layout: str = "llama", dropout: f
     )  # fmt: skip
 
 
-def plan_shape(request: ShapeRequest, optimization: OptimizationConfig, device: Device, vocab_size: int,
-               corpus_tokens: int) -> tuple[Shape, float | None, bool]:
+def plan_shape(
+    request: ShapeRequest,
+    optimization: OptimizationConfig,
+    device: Device,
+    vocab_size: int,
+    corpus_tokens: int,
+) -> tuple[Shape, float | None, bool]:
     """Settle what is trained: (shape, measured seconds of a step, whether layers are compiled).
 
     The steps come from `steps`, `epochs` or `minutes`; without any of them, 20 tokens per weight (Hoffmann et al.
     2022, arXiv:2203.15556) but at most 8 passes over the corpus.
     """
     if sum(value is not None for value in (request.minutes, request.epochs, request.steps)) > 1:
-        raise InputError("minutes, epochs and steps are three ways to say one thing", "--steps", "give one of them")
+        raise InputError(
+            "minutes, epochs and steps are three ways to say one thing", "--steps", "give one of them"
+        )
     size = requested_size(request)
     model = decoder_shape(size, vocab_size, request.layout, request.dropout)
     rows = size.batch_tokens // size.context
@@ -272,7 +292,7 @@ def matmul_rate(device: Device, seconds: float = 0.4) -> float:
     best, deadline = math.inf, time.perf_counter() + seconds
     while best == math.inf or time.perf_counter() < deadline:
         started = time.perf_counter()
-        left @ left
+        torch.mm(left, left)
         _synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2.0 * width**3 / best
@@ -333,7 +353,9 @@ def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device,
     if compiled:
         compile_layers(model)
     optimizer = MasterOptimizer(model, replace(optimization, learning_rate=0.0, matrix_learning_rate=0.0))
-    tokens = torch.randint(shape.model.vocab_size, (shape.micro_rows, shape.context), device=device.torch_device)
+    tokens = torch.randint(
+        shape.model.vocab_size, (shape.micro_rows, shape.context), device=device.torch_device
+    )
     positions = torch.arange(shape.context, device=tokens.device).expand_as(tokens)
     batch = TokenBatch(tokens, tokens, positions, torch.zeros_like(tokens))
     micro_batches = max(1, shape.rows // shape.micro_rows // device.world_size)
@@ -350,7 +372,7 @@ def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device,
     return micro_batches * sorted(passes)[1] + update
 
 
-def _timed(action, device: Device) -> float:  # noqa: ANN001
+def _timed(action: Callable[[], object], device: Device) -> float:
     started = time.perf_counter()
     action()
     _synchronize(device)
@@ -368,7 +390,9 @@ def compile_layers(model: Decoder) -> None:
         layer.compile()
 
 
-def predict(shape: Shape, optimization: OptimizationConfig, device: Device, step_seconds: float | None) -> Prediction:
+def predict(
+    shape: Shape, optimization: OptimizationConfig, device: Device, step_seconds: float | None
+) -> Prediction:
     """What a run of this shape will need.
 
     Args:
@@ -386,7 +410,14 @@ def predict(shape: Shape, optimization: OptimizationConfig, device: Device, step
     else:
         seconds, method = step_seconds * shape.steps, "three steps timed on this machine"
     watts = power(device)
-    return Prediction(parameter_count(shape.model), flops, memory, seconds, seconds * watts, f"{method}; {watts:.0f} W assumed")
+    return Prediction(
+        parameter_count(shape.model),
+        flops,
+        memory,
+        seconds,
+        seconds * watts,
+        f"{method}; {watts:.0f} W assumed",
+    )
 
 
 def power(device: Device) -> float:

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glasshouse.artifact import save_artifact
 from glasshouse.device import Device, open_device
 from glasshouse.errors import InputError
@@ -27,8 +25,20 @@ from glasshouse.training.loop import Schedule, Step, train_steps
 from glasshouse.training.objectives import next_token
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig
 from glasshouse.training.plan import (
-    Prediction, Shape, ShapeRequest, compile_layers, flops_per_token, matmul_rate, model_memory, peak_memory,
-    plan_shape, power, predict, process_memory, requested_size, size_of,
+    Prediction,
+    Shape,
+    ShapeRequest,
+    compile_layers,
+    flops_per_token,
+    matmul_rate,
+    model_memory,
+    peak_memory,
+    plan_shape,
+    power,
+    predict,
+    process_memory,
+    requested_size,
+    size_of,
 )  # fmt: skip
 from glasshouse.training.progress import Progress, SpikeDetector, clock
 from glasshouse.training.validation import micro_batches, sample_text, validate
@@ -213,15 +223,18 @@ def chosen_optimization(config: PretrainConfig) -> OptimizationConfig:
     )  # fmt: skip
 
 
-def _settle(config: PretrainConfig, run: Run, device: Device, corpus: Corpus,
-            optimization: OptimizationConfig) -> tuple[Shape, bool, Prediction]:
+def _settle(
+    config: PretrainConfig, run: Run, device: Device, corpus: Corpus, optimization: OptimizationConfig
+) -> tuple[Shape, bool, Prediction]:
     """The shape of the run and what it is predicted to need: measured once, then read back from run.json, so that a
     resumed run makes the same steps in the same way."""
     facts = run.read()
     digest = sha256_file(_corpus_folder(config.corpus) / "manifest.json")
     if "shape" in facts:
         if facts["corpus_digest"] != digest:
-            raise InputError("the corpus is not the one this run was started on", str(config.corpus), "start a new run")
+            raise InputError(
+                "the corpus is not the one this run was started on", str(config.corpus), "start a new run"
+            )
         known = facts["shape"]
         shape = Shape(**{**known, "model": DecoderConfig(**known["model"])})
         return shape, facts["compiled"], Prediction(**facts["predicted"])
@@ -260,8 +273,12 @@ def _announce(training: Training, predicted: Prediction) -> None:
     model = shape.model
     say(f"{predicted.parameters / 1e6:.1f}M weights: {model.num_layers} layers, width {model.embedding_dim}, vocabulary {model.vocab_size}; "
         f"{shape.steps} steps of {shape.rows * shape.context:,} tokens, {shape.tokens / training.corpus.split('train').tokens:.1f} passes over the corpus")  # fmt: skip
-    say(f"on {training.device.kind}, {training.device.dtype}, {training.device.threads} threads; best matrix rate {training.matmul_rate / 1e9:,.0f} GFLOP/s")
-    say(f"predicted: {clock(predicted.seconds)}, {predicted.memory / 1e9 + _baseline(training) / 1e9:.2f} GB, {predicted.joules / 3600:.1f} Wh ({predicted.method})")
+    say(
+        f"on {training.device.kind}, {training.device.dtype}, {training.device.threads} threads; best matrix rate {training.matmul_rate / 1e9:,.0f} GFLOP/s"
+    )
+    say(
+        f"predicted: {clock(predicted.seconds)}, {predicted.memory / 1e9 + _baseline(training) / 1e9:.2f} GB, {predicted.joules / 3600:.1f} Wh ({predicted.method})"
+    )
     if history.step:
         say(f"resumed after step {history.step}")
 
@@ -271,7 +288,11 @@ def _baseline(training: Training) -> int:
     recorded = training.run.read().get("baseline_memory")
     if recorded is None:
         weights = sum(p.nbytes for p in training.model.parameters())
-        weights += sum(m.nbytes for n, m in training.optimizer.masters.items() if m is not training.optimizer.parameters[n])
+        weights += sum(
+            m.nbytes
+            for n, m in training.optimizer.masters.items()
+            if m is not training.optimizer.parameters[n]
+        )
         recorded = 0 if training.device.kind == "cuda" else max(0, process_memory() - weights)
         if training.is_first:
             training.run.update(baseline_memory=recorded)
@@ -292,7 +313,9 @@ def _train(training: Training) -> bool:
             if not _validate(training):
                 break
             if config.early_stop and history.waited >= config.early_stop:
-                training.progress.say(f"stopped early: no better validation loss for {history.waited} validations")
+                training.progress.say(
+                    f"stopped early: no better validation loss for {history.waited} validations"
+                )
                 _save(training)
                 return True
         if time.perf_counter() - saved > 60 * config.save_minutes:
@@ -323,13 +346,17 @@ def _record(training: Training, step: Step, spikes: SpikeDetector) -> None:
             record["spike"] = True
             say(f"step {history.step}: loss {step.loss:.3f} stands out from those before it")
     rate = record["tokens_per_second"]
-    utilization = rate * flops_per_token(shape.model, shape.context) / training.matmul_rate / training.device.world_size
+    utilization = (
+        rate * flops_per_token(shape.model, shape.context) / training.matmul_rate / training.device.world_size
+    )
     history.peak_memory = max(history.peak_memory, peak_memory(training.device))
     record |= {"utilization": utilization, "memory": process_memory()}
     if training.is_first:
         training.run.log(record)
     smoothed = history.smoothed if history.smoothed is not None else math.nan
-    training.progress.show(history.step, smoothed, training.bits_per_byte(smoothed), rate, utilization, record["memory"])
+    training.progress.show(
+        history.step, smoothed, training.bits_per_byte(smoothed), rate, utilization, record["memory"]
+    )
     if history.bad_steps >= training.config.bad_steps:
         raise InputError(f"{history.bad_steps} steps in a row without a finite loss, the last because {step.skipped}",
                          f"step {history.step}", "lower --learning_rate; the last good state is kept for --resume")  # fmt: skip
@@ -347,9 +374,25 @@ def _validate(training: Training) -> bool:
     if training.is_first:
         bits = training.bits_per_byte(loss, "validation")
         gap = loss - history.smoothed if history.smoothed is not None else None
-        sample = sample_text(training.model, training.tokenizer, config.sample_prompt, config.seed) if config.sample_prompt else None
-        training.run.log({"step": history.step, "validation_loss": loss, "validation_bits_per_byte": bits, "gap": gap, "sample": sample})
-        note = "" if better else f", best was {training.bits_per_byte(history.best_loss, 'validation'):.3f} at step {history.best_step}"
+        sample = (
+            sample_text(training.model, training.tokenizer, config.sample_prompt, config.seed)
+            if config.sample_prompt
+            else None
+        )
+        training.run.log(
+            {
+                "step": history.step,
+                "validation_loss": loss,
+                "validation_bits_per_byte": bits,
+                "gap": gap,
+                "sample": sample,
+            }
+        )
+        note = (
+            ""
+            if better
+            else f", best was {training.bits_per_byte(history.best_loss, 'validation'):.3f} at step {history.best_step}"
+        )
         training.progress.say(f"step {history.step}: validation {bits:.3f} bits/byte{note}")
         if sample is not None:
             training.progress.say(f"  {config.sample_prompt!r} -> {sample.strip()!r}")
@@ -363,7 +406,12 @@ def _validate(training: Training) -> bool:
 def _save(training: Training) -> None:
     """Save the state for resuming; every process waits until it is whole."""
     if training.is_first:
-        save_state(training.run.state_path, training.history.step, training.optimizer.state(), asdict(training.history))
+        save_state(
+            training.run.state_path,
+            training.history.step,
+            training.optimizer.state(),
+            asdict(training.history),
+        )
     wait_for_all()
 
 
@@ -386,4 +434,6 @@ def _close(training: Training, predicted: Prediction, finished: bool) -> None:
         best={"step": history.best_step, "validation_bits_per_byte": training.bits_per_byte(history.best_loss, "validation")},
         flops=flops_per_token(training.shape.model, training.shape.context) * training.shape.rows * training.shape.context * history.step,
     )  # fmt: skip
-    say(f"best validation: {training.bits_per_byte(history.best_loss, 'validation'):.3f} bits/byte at step {history.best_step}; model in {run.model_path}")
+    say(
+        f"best validation: {training.bits_per_byte(history.best_loss, 'validation'):.3f} bits/byte at step {history.best_step}; model in {run.model_path}"
+    )

@@ -26,7 +26,9 @@ class Progress:
     def __init__(self, steps: int, first: int, quiet: bool = False):
         self.steps, self.first, self.quiet = steps, first, quiet
         self.console = Console(quiet=quiet, highlight=False)
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal and not quiet else None
+        self.live = (
+            Live(console=self.console, auto_refresh=False) if self.console.is_terminal and not quiet else None
+        )
         self.started = time.perf_counter()
         self.printed = -math.inf
 
@@ -35,11 +37,15 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.stop()
 
-    def show(self, done: int, loss: float, bits_per_byte: float, rate: float, utilization: float, memory: int) -> None:
+    def show(
+        self, done: int, loss: float, bits_per_byte: float, rate: float, utilization: float, memory: int
+    ) -> None:
         """Renew the line.
 
         Args:
@@ -72,7 +78,9 @@ def clock(seconds: float) -> str:
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return (
+        f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    )
 
 
 class SpikeDetector:

@@ -30,7 +30,9 @@ def to_device(rows: Batch, device: Device, isolate: bool) -> TokenBatch:
     return TokenBatch(tokens, labels, positions, documents if isolate else None)
 
 
-def micro_batches(split: Split, shape: Shape, device: Device, isolate: bool) -> Callable[[int], Iterator[TokenBatch]]:
+def micro_batches(
+    split: Split, shape: Shape, device: Device, isolate: bool
+) -> Callable[[int], Iterator[TokenBatch]]:
     """The micro-batches of this process, as a function of the step alone.
 
     Every process takes its share of the step's rows; shares may differ by one row, which summed losses allow.
@@ -40,7 +42,11 @@ def micro_batches(split: Split, shape: Shape, device: Device, isolate: bool) -> 
         rows = batch(split, step, shape.rows, shape.context, device.seed)
         own = np.array_split(np.arange(shape.rows), device.world_size)[device.rank]
         for piece in np.array_split(own, most_pieces(shape, device.world_size)):
-            yield to_device(take_rows(rows, int(piece[0]), int(piece[-1]) + 1) if len(piece) else take_rows(rows, 0, 0), device, isolate)
+            yield to_device(
+                take_rows(rows, int(piece[0]), int(piece[-1]) + 1) if len(piece) else take_rows(rows, 0, 0),
+                device,
+                isolate,
+            )
 
     return batches
 
@@ -52,8 +58,9 @@ def most_pieces(shape: Shape, world_size: int) -> int:
 
 
 @torch.no_grad()
-def validate(model: Decoder, split: Split, shape: Shape, device: Device, isolate: bool,
-             stop: Callable[[], bool]) -> float | None:
+def validate(
+    model: Decoder, split: Split, shape: Shape, device: Device, isolate: bool, stop: Callable[[], bool]
+) -> float | None:
     """Mean loss, in nats per token, on the same rows every time; None when asked to stop before the end.
 
     Raises:
@@ -68,7 +75,9 @@ def validate(model: Decoder, split: Split, shape: Shape, device: Device, isolate
         if stop():
             return None
         if len(piece):
-            loss, count = next_token(model, to_device(take_rows(fixed, int(piece[0]), int(piece[-1]) + 1), device, isolate))
+            loss, count = next_token(
+                model, to_device(take_rows(fixed, int(piece[0]), int(piece[-1]) + 1), device, isolate)
+            )
             loss_sum, weight = loss_sum + float(loss), weight + count
     loss_sum, total = sum_numbers([loss_sum, float(weight)])
     model.train()
