@@ -9,12 +9,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from glasshouse.errors import InputError
-from glasshouse.models.decoder import Decoder
 from glasshouse.text.packing import Split
 from glasshouse.text.tokenizer import Tokenizer
 
@@ -29,6 +29,28 @@ METHOD = "percentile bootstrap over {units}, {draws:,} draws"
 
 Score = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 """Documents' token ids, each closed by end_of_document, to the nats of each token."""
+
+
+class LanguageModel(Protocol):
+    """What scoring asks of a model: a decoder, as `open_artifact` gives it."""
+
+    @property
+    def config(self) -> Any:
+        """Its shape; `context_length` is used."""
+        ...
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """Where its weights are."""
+        ...
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] to hidden vectors [B, T, D]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden vectors [..., D] to [..., vocab_size]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,9 @@ def measure(held_out: HeldOut, score: Score, *, seed: int = 0, draws: int = 2000
     )
 
 
-def bits_per_byte(model: Decoder, held_out: HeldOut, *, end_of_document: int, seed: int = 0) -> Measurement:
+def bits_per_byte(
+    model: LanguageModel, held_out: HeldOut, *, end_of_document: int, seed: int = 0
+) -> Measurement:
     """Bits per byte of a decoder; see `measure` and `model_score`."""
     return measure(held_out, model_score(model, end_of_document), seed=seed)
 
@@ -170,7 +194,7 @@ def ngram_score(log_probabilities: Callable[[np.ndarray], np.ndarray]) -> Score:
 
 
 def model_score(
-    model: Decoder, end_of_document: int, *, stride: int | None = None, batch_tokens: int = 8192
+    model: LanguageModel, end_of_document: int, *, stride: int | None = None, batch_tokens: int = 8192
 ) -> Score:
     """A scorer from a decoder.
 
@@ -228,7 +252,7 @@ def _batches(
 
 @torch.inference_mode()
 def _score_batch(
-    model: Decoder,
+    model: LanguageModel,
     documents: Sequence[np.ndarray],
     batch: list[tuple[int, int, int, int]],
     end_of_document: int,
