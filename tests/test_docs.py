@@ -27,7 +27,7 @@ NOT_RUN_HERE = {
     "make": "installs; `make demo` is tried with the small recipe instead",
     "torchrun": "tried by the tests of training/distributed",
 }
-QUICK = {"size": "nano", "steps": 30, "validations": 2, "threads": 2}
+QUICK = {"size": "nano", "steps": 20, "validations": 2, "threads": 1}
 ANIMALS = ["cat", "dog", "hen", "fox", "cow", "owl", "bee", "ant"]
 PLACES = ["house", "river", "garden", "school", "market", "forest", "bridge", "kitchen"]
 
@@ -60,13 +60,13 @@ def quick(command: str) -> str:
         command = re.sub(r"\s--(size|minutes|epochs|steps)[ =]\S+", "", command)
         return command + "".join(f" --{name} {value}" for name, value in QUICK.items())
     if re.match(r"glasshouse prepare\b", command):
-        command = re.sub(r"\s--vocab_size[ =]\S+", "", command) + " --vocab_size 512"
+        command = re.sub(r"\s--vocab_size[ =]\S+", "", command) + " --vocab_size 400"
     return command
 
 
 def quick_recipe(recipe: dict) -> dict:
     if "prepare" in recipe:
-        recipe["prepare"] |= {"documents": ["my_folder"], "vocab_size": 512}
+        recipe["prepare"] |= {"documents": ["my_folder"], "vocab_size": 400}
     if "pretrain" in recipe:
         kept = {key: value for key, value in recipe["pretrain"].items() if key in ("optimizer", "layout")}
         recipe["pretrain"] = kept | QUICK
