@@ -207,11 +207,11 @@ def model_score(
         stride: by how much windows move; half the context by default.
         batch_tokens: tokens in one forward pass, padding included.
     """
-    context = model.config.context_length
-    stride = max(context // 2, 1) if stride is None else stride
-    if not 1 <= stride <= context:
+    context: int = model.config.context_length
+    step: int = max(context // 2, 1) if stride is None else stride
+    if not 1 <= step <= context:
         raise InputError(
-            f"stride is {stride}", "stride", f"give a whole number from 1 to the context, {context}"
+            f"stride is {step}", "stride", f"give a whole number from 1 to the context, {context}"
         )
 
     def score(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -219,7 +219,7 @@ def model_score(
         windows = [
             (number, *window)
             for number, tokens in enumerate(documents)
-            for window in _windows(len(tokens), context, stride)
+            for window in _windows(len(tokens), context, step)
         ]
         # Windows of like length together, so that little is padded; the longest first, so that memory peaks at once.
         windows.sort(key=lambda window: window[1] - window[3])
