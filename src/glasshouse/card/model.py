@@ -3,8 +3,10 @@
 A figure is printed with its unit, its interval and how it was found. What no file holds is "not measured", and why.
 """
 
+import re
+
 from glasshouse.card.facts import Facts, Row, part, rows_of, spread, tokens_seen
-from glasshouse.card.page import Block, Bullets, Code, Heading, Listing, Paragraph, Pieces, Table
+from glasshouse.card.page import Block, Bullets, Code, Heading, Listing, Paragraph, Table
 from glasshouse.card.quantity import count, decimal, duration, energy, number_of, scaled
 from glasshouse.card.reports import state_of
 from glasshouse.card.training import cost, course, data, making
@@ -22,6 +24,20 @@ UNMEASURED = (
         "no attack has been run; it has had no training to refuse anything",
     ),
 )
+TRANSFORMERS = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("{prompt}", return_tensors="pt")
+written = model.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+""".strip()
+WARNINGS = (
+    "It continues text in the manner of what it was trained on. It states false things as easily as true ones.",
+    "Do not use it where a wrong or offensive sentence does harm. Nothing here holds for text unlike the held-out text.",
+)
 
 
 def model_sections(facts: Facts) -> list[Block]:
@@ -33,76 +49,59 @@ def model_sections(facts: Facts) -> list[Block]:
 
 
 def _summary(facts: Facts) -> list[Block]:
-    run, shape = facts.run, facts.shape
-    weights = run.get("parameters", part(run, "predicted").get("parameters"))
-    size = f"{number_of(weights) or 0:,.0f}" if number_of(weights) else "an unknown number of"
+    run, shape, train = facts.run, facts.shape, part(facts.corpus, "splits", "train")
+    weights = number_of(run.get("parameters", part(run, "predicted").get("parameters")))
+    size = "an unknown number of" if weights is None else count(weights)
     languages = ", ".join(facts.languages)
-    train = part(facts.corpus, "splits", "train")
-    text = (
-        f"{scaled(train.get('bytes'), 'B')} of text" + (f" ({languages})" if languages else "")
-        if train
-        else "text"
-    )
-    first = (
+    text = f"{scaled(train.get('bytes'), 'B')} of text" if train else "text"
+    text += f" ({languages})" if languages else ""
+    english = (
         f"A decoder-only language model with {size} weights ({count(shape.get('num_layers'))} layers, width "
+        f"{count(shape.get('embedding_dim'))}), pretrained from scratch on {text}. It continues text; it has not been "
+        f"trained to follow instructions. {_headline(facts)}"
     )
-    first += f"{count(shape.get('embedding_dim'))}), pretrained from scratch on {text}."
-    second = f" It continues text; it has not been trained to follow instructions. {_headline(facts)}"
-    return [Paragraph(first + second), Paragraph(_chinese(facts, size, languages), "", "zh")]
+    return [Paragraph(english), Paragraph(_chinese(facts, size, languages), "", "zh")]
 
 
 def _headline(facts: Facts) -> str:
-    found, report = part(facts.evaluation, "bits_per_byte"), facts.evaluation
-    if found:
-        versus = decimal(part(report, "baseline").get("value"))
-        return f"It needs {decimal(found.get('value'))} bits per byte of text it has not seen; a 5-gram model needs {versus}."
+    report = facts.evaluation
+    if report:
+        found, baseline = (decimal(part(report, key).get("value")) for key in ("bits_per_byte", "baseline"))
+        verdict = part(report, "difference").get("verdict", "not compared")
+        return f"It needs {found} bits per byte of text it has not seen; a 5-gram model needs {baseline} ({verdict})."
     if facts.best:
-        return f"Its best validation during training is {decimal(facts.best.get('validation_bits_per_byte'))} bits per byte; it has not been evaluated yet."
+        best = decimal(facts.best.get("validation_bits_per_byte"))
+        return f"Its best validation in training is {best} bits per byte; it has not been evaluated yet."
     return "How well it predicts text is not measured yet."
 
 
 def _chinese(facts: Facts, size: str, languages: str) -> str:
-    found = part(facts.evaluation, "bits_per_byte")
     train = part(facts.corpus, "splits", "train")
-    text = f"中文简介:这是一个从零预训练的解码器语言模型,参数量 {size}" + (
-        f",训练文本 {scaled(train.get('bytes'), 'B')}" if train else ""
-    )
-    text += f"(语言:{languages})。" if languages else "。"
-    if found:
-        text += f"对未见过的文本,每字节需要 {decimal(found.get('value'))} 比特;5-gram 基线需要 {decimal(part(facts.evaluation, 'baseline').get('value'))} 比特。"
+    text = f"中文简介：这是一个从零预训练的解码器语言模型，参数量 {size}"
+    text += f"，训练文本 {scaled(train.get('bytes'), 'B')}" if train else ""
+    text += f"（语言：{languages}）。" if languages else "。"
+    if facts.evaluation:
+        found, baseline = (
+            decimal(part(facts.evaluation, key).get("value")) for key in ("bits_per_byte", "baseline")
+        )
+        text += f"对未见过的文本，每字节需要 {found} 比特；5-gram 基线需要 {baseline} 比特（越低越好）。"
     else:
         text += "尚未评测。"
-    return (
-        text
-        + ("" if facts.is_finished else "训练尚未完成。")
-        + "它只会续写文本,没有经过指令训练。偏见、训练文本泄露与恶意提示均未测量。"
-    )
+    text += "" if facts.is_finished else "训练尚未完成。"
+    return f"{text}它只会续写文本，没有经过指令训练。偏见、训练文本泄露与恶意提示均未测量。"
 
 
 def _use(facts: Facts) -> list[Block]:
-    prompt = str(facts.settings.get("sample_prompt") or "Once upon a time")
-    prompt = (
-        prompt
-        if prompt.isascii() and prompt.isprintable() and not set(prompt) & set("\"'\\`$!")
-        else "Once upon a time"
-    )
+    prompt = str(facts.settings.get("sample_prompt") or "")
+    if not re.fullmatch(r"[\w ,.:;?-]+", prompt, re.ASCII):  # what needs no quoting in a shell or in Python
+        prompt = "Once upon a time"
+    shell = f'glasshouse generate {facts.place} "{prompt}" --max_new_tokens 60 --temperature 0.8 --seed 1'
     return [
         Heading("How to use it"),
         Paragraph(("From the folder that holds ", Code(f"{facts.place}/"), ":")),
-        Listing(
-            f'glasshouse generate {facts.place} "{prompt}" --max_new_tokens 60 --temperature 0.8 --seed 1',
-            "sh",
-        ),
+        Listing(shell, "sh"),
         Paragraph("Or with transformers, without Glasshouse:"),
-        Listing(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'folder = "{facts.place}/model"\n'
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n"
-            f'prompt = tokenizer("{prompt}", return_tensors="pt")\n'
-            "written = model.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)\n"
-            "print(tokenizer.decode(written[0], skip_special_tokens=True))",
-            "python",
-        ),
+        Listing(TRANSFORMERS.format(folder=f"{facts.place}/model", prompt=prompt), "python"),
     ]
 
 
@@ -164,59 +163,69 @@ def _circumstances(report: Row) -> list[Block]:
 
 
 def _groups(title: str, groups: list[Row]) -> list[Block]:
-    if not groups:
-        return []
-    rows = [(str(row.get("name")), count(row.get("documents")), scaled(row.get("bytes"), "B"), decimal(row.get("value")), interval(row),
-             decimal(row.get("baseline"))) for row in groups]  # fmt: skip
-    return [
-        Heading(title, 3),
-        Table(("", ">documents", ">text", ">bits per byte", ">95 % interval", ">5-gram"), rows),
-    ]
+    if len(groups) < 2:
+        return []  # it would say again what the table above says
+    headers = ("", ">documents", ">text", ">bits per byte", ">95 % interval", ">5-gram")
+    return [Heading(title, 3), Table(headers, [_group_row(row) for row in groups])]
+
+
+def _group_row(row: Row) -> list[str]:
+    size = [str(row.get("name")), count(row.get("documents")), scaled(row.get("bytes"), "B")]
+    return [*size, decimal(row.get("value")), interval(row), decimal(row.get("baseline"))]
 
 
 def _samples(facts: Facts) -> list[Block]:
+    head = Heading("Samples")
     rows = [row for row in facts.validations if isinstance(row.get("sample"), str)]
     if not rows:
-        return [Heading("Samples"), Paragraph(("None were drawn: ", Code("--sample_prompt"), " was empty."))]
-    prompt = str(facts.settings.get("sample_prompt", ""))
-    shown = spread(rows, MOST_SAMPLES)
-    note = f", {len(shown)} of {len(rows)}, evenly spaced" if len(shown) < len(rows) else ""
+        return [
+            head,
+            Paragraph(("None were drawn in training; ", Code("--sample_prompt"), " asks for them.")),
+        ]
+    prompt, shown = Code(str(facts.settings.get("sample_prompt", ""))), spread(rows, MOST_SAMPLES)
+    note = f"; {len(shown)} of {len(rows)}, evenly spaced" if len(shown) < len(rows) else ""
+    remark = f" as it learned: the first answer each time, as it came{note}."
+    table = [
+        (
+            count(row["step"]),
+            decimal(row.get("validation_bits_per_byte")),
+            row["sample"].strip() or "(nothing)",
+        )
+        for row in shown
+    ]
     return [
-        Heading("Samples"),
-        Paragraph(("What it wrote after ", Code(prompt), f" as it learned: the first answer each time, as it came{note}.")),
-        Table((">step", ">validation bits/byte", "|text"), [(count(row.get("step")), decimal(row.get("validation_bits_per_byte")), row["sample"].strip() or "(nothing)") for row in shown]),
-    ]  # fmt: skip
+        head,
+        Paragraph(("What it wrote after ", prompt, remark)),
+        Table((">step", ">validation bits/byte", "|text"), table),
+    ]
 
 
 def _limits(facts: Facts) -> list[Block]:
-    last = facts.validations[-1] if facts.validations else {}
-    train = number_of(part(facts.corpus, "splits", "train").get("tokens"))
+    run, train = facts.run, number_of(part(facts.corpus, "splits", "train").get("tokens"))
+    spent = [scaled(run.get("flops"), "FLOP"), duration(run.get("seconds")), scaled(run.get("memory"), "B")]
+    spent += [f"{energy(run.get('energy'))}; predictions and methods are above"]
     seen = tokens_seen(facts)
-    found = part(facts.evaluation, "train")
-    gap = (
-        f"gap between held-out and training text {decimal(found.get('gap'))} bits per byte ({decimal(found.get('gap_low'))} to {decimal(found.get('gap_high'))}); "
-        if found
-        else ""
-    )
-    gap += (
-        f"in training, validation minus training loss {decimal(last.get('gap'))} nats per token at the last validation, {decimal(facts.best.get('gap'))} at the best; best at step {count(facts.best.get('step'))} of {facts.done:,}"
-        if facts.best
-        else "not measured yet: no validation was made"
-    )
-    passes = (
-        f"{seen / train:.1f} passes over {train:,.0f} training tokens"
-        if seen and train
-        else "not measured: the corpus is not at the recorded place"
-    )
-    cost = f"{scaled(facts.run.get('flops'), 'FLOP')}, {duration(facts.run.get('seconds'))}, {scaled(facts.run.get('memory'), 'B')}, {energy(facts.run.get('energy'))}"
+    passes = f"{seen / train:.1f} passes over {train:,.0f} training tokens" if seen and train else ""
+    passes = passes or "passes over the corpus not measured: the corpus is not at the recorded place"
+    unfinished = "not measured yet: the run is not finished"
     rows: list[tuple[str, str]] = [
-        ("cost", cost + "; see above" if facts.is_finished else "not measured yet: the run is not finished"),
-        ("overfitting", gap),
-        ("dependence on data", passes + "; how results change with more or other text is not measured yet"),
+        ("cost", ", ".join(spent) if facts.is_finished else unfinished),
+        ("overfitting", _overfitting(facts)),
+        ("dependence on data", f"{passes}; what more or other text would change is not measured yet"),
         *((name, f"not measured yet: {why}") for name, why in UNMEASURED),
     ]
-    wise: list[Pieces] = [
-        "It continues text in the manner of what it was trained on. It knows nothing else, and it states false things as easily as true ones.",
-        "Do not use it where a wrong or offensive sentence does harm. Nothing here is a promise about text unlike the held-out text.",
-    ]
-    return [Heading("Limits"), Table(("limit", "measured"), rows), Bullets(wise)]
+    return [Heading("Limits"), Table(("limit", "measured"), rows), Bullets(WARNINGS)]
+
+
+def _overfitting(facts: Facts) -> str:
+    found, parts = part(facts.evaluation, "train"), []
+    if found:
+        ends = f"{decimal(found.get('gap_low'))} to {decimal(found.get('gap_high'))}"
+        parts.append(f"held-out minus training text {decimal(found.get('gap'))} bits per byte ({ends})")
+    if facts.best:
+        last, best = (decimal(row.get("gap")) for row in (facts.validations[-1], facts.best))
+        parts.append(
+            f"while training, validation minus smoothed training loss {last} nats per token at the last validation, "
+            f"{best} at the best, which was at step {count(facts.best['step'])} of {facts.done:,}"
+        )
+    return "; ".join(parts) or "not measured yet: no validation was made"

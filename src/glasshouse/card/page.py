@@ -33,7 +33,7 @@ th { color: var(--soft); font-weight: 600; }
 td { overflow-wrap: break-word; min-width: 3.5rem; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.text { white-space: pre-wrap; min-width: 14rem; }
-code, pre { font: .88em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono CJK SC", monospace; }
+code, pre { font: .88em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 code { background: var(--tint); padding: .1em .3em; border-radius: 3px; }
 pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; overflow-wrap: normal; }
 pre code { padding: 0; background: none; font-size: 1em; }
@@ -217,8 +217,8 @@ def _markdown_block(block: Block) -> str:
             return (
                 f"{escape_markdown(title)}:\n\n" if title else ""
             ) + f"{fence}{language}\n{clean(text).rstrip()}\n{fence}"
-        case Figures():
-            return ""
+        case Figures(items):
+            return "Plots: see `report.html` beside this file." if items else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- HTML

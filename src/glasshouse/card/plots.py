@@ -54,9 +54,10 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start (Kingma and Ba 2015, section 3)."""
-    smoothed, mean, total = [], 0.0, 0.0
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a fortieth of the values, corrected for its start (Kingma and Ba 2015,
+    section 3)."""
+    smoothed, mean, total, weight = [], 0.0, 0.0, 1 - 1 / max(3, len(values) / 40)
     for value in values:
         mean, total = weight * mean + (1 - weight) * value, weight * total + 1 - weight
         smoothed.append(mean / total)
@@ -99,7 +100,7 @@ def draw_lines(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max([1e-9, *(value for line in lines for value in line.y)]))
         if any(line.label for line in lines):
             axes.legend(loc="best")
         return _write(figure, name)

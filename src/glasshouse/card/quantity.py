@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 NOT_MEASURED = "not measured"
+LONGEST = 500
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -79,17 +80,21 @@ def ratio(found: Any, guess: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in a few words."""
+    """Any value in a few words; of what is inside tables and lists only the first level, of long text the beginning."""
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {short(item)}" for name, item in list(value.items())[:20]) or "none"
+        return ", ".join(f"{name}: {_shortest(item)}" for name, item in list(value.items())[:20]) or "none"
     if isinstance(value, list):
-        return ", ".join(short(item) for item in value) if len(value) <= 8 else f"{len(value)} values"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else "none"
-        if value is None
-        else str(value)
-    )
+        listed = len(value) <= 8 and not any(isinstance(item, dict | list) for item in value)
+        return ", ".join(_shortest(item) for item in value) if listed else f"{len(value)} values"
+    return _shortest(value)
+
+
+def _shortest(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, dict | list):
+        return f"{len(value)} values"
+    if isinstance(value, bool | str):
+        text = str(value)
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

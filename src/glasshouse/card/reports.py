@@ -9,29 +9,24 @@ from glasshouse.card.quantity import count, short
 
 def state_of(facts: Facts) -> list[Block]:
     """What a reader must know first: that the run is not finished, or that files are missing."""
-    blocks: list[Block] = []
-    stage, status = facts.run.get("stage", "unknown"), facts.run.get("status", "unknown")
-    steps = part(facts.run, "shape").get("steps")
-    if not facts.is_finished:
-        done = f" {facts.done:,} of {count(steps)} steps are logged." if stage == "pretrain" and steps else ""
-        mend: tuple[str | Code, ...] = (
-            (" Go on with ", Code(f"glasshouse pretrain --resume --out {facts.place}"), ".")
-            if stage == "pretrain"
-            else ()
-        )
-        why = (
-            "It is still running, or was killed." if status == "running" else "It was stopped before its end."
-        )
-        blocks.append(
-            Paragraph(
-                (
-                    f"This run is not finished (status: {status}). {why}{done} What follows is what there is.",
-                    *mend,
-                ),
-                "warning",
-            )
-        )
-    return [*blocks, *(Paragraph(note, "warning") for note in facts.notes)]
+    return [*_unfinished(facts), *(Paragraph(note, "warning") for note in facts.notes)]
+
+
+def _unfinished(facts: Facts) -> list[Block]:
+    if facts.is_finished:
+        return []
+    stage, status, steps = (
+        facts.run.get("stage"),
+        facts.run.get("status"),
+        part(facts.run, "shape").get("steps"),
+    )
+    why = "It is still running, or was killed." if status == "running" else "It was stopped before its end."
+    text: tuple[str | Code, ...] = (f"This run is not finished (status: {status}). {why}",)
+    if stage == "pretrain":
+        resume = Code(f"glasshouse pretrain --resume --out {facts.place}")
+        done = f" {facts.done:,} of {count(steps)} steps are logged." if steps else ""
+        text = (f"{text[0]}{done} What follows is what there is. Go on with ", resume, ".")
+    return [Paragraph(text, "warning")]
 
 
 def other_reports(facts: Facts) -> list[Block]:

@@ -1,5 +1,6 @@
 """What a card says of how a model was trained: its course, its data, its settings, its cost. Reads no files."""
 
+from collections.abc import Callable
 from typing import Any
 
 from glasshouse.card.corpus import mixture
@@ -9,164 +10,216 @@ from glasshouse.card.plots import Series, can_draw, draw_bars, draw_lines, smoot
 from glasshouse.card.quantity import count, decimal, duration, energy, number_of, ratio, scaled, share
 
 MOST_ROWS = 12
+COURSE = (
+    ">step",
+    ">training bits/byte",
+    ">validation bits/byte",
+    ">learning rate",
+    ">tokens/s",
+    ">share of peak",
+    ">memory",
+)
+CURVES = (
+    ("learning_rate", "Learning rate", "warm-up, stable, decay", "learning rate", 1.0),
+    ("tokens_per_second", "Throughput", "training steps only", "tokens per second", 1.0),
+    ("utilization", "Share of peak", "of the measured matrix-multiplication rate", "per cent", 100.0),
+    ("memory", "Memory", "of the whole process", "GB", 1e-9),
+)
+"""Key in metrics.jsonl, title, remark, unit, factor of each plot of one figure."""
 
 
 def course(facts: Facts) -> list[Block]:
     """The course of the training: as plots where they can be drawn, and as a table always."""
+    head = Heading("How the training went")
     if not facts.steps and not facts.validations:
-        return [Heading("How the training went"), Paragraph("Not measured: the run holds no metrics.")]
+        return [head, Paragraph("Not measured: the run holds no metrics.")]
     merged: dict[Any, Row] = {}
     for row in (*facts.steps, *facts.validations):
-        merged.setdefault(row.get("step"), {}).update(row)
-    rows = [
-        (count(row.get("step")), decimal(row.get("bits_per_byte")), decimal(row.get("validation_bits_per_byte")) if "validation_loss" in row else "",
-         f"{number_of(row.get('learning_rate')) or 0:.2g}", count(row.get("tokens_per_second")), share(row.get("utilization"), 1), scaled(row.get("memory"), "B"))
-        for row in spread(facts.validations or facts.steps, MOST_ROWS) for row in [merged[row.get("step")]]
-    ]  # fmt: skip
-    odd = [f"step {count(row.get('step'))}: {row['skipped']}" for row in facts.steps if row.get("skipped")]
-    odd += [
-        f"step {count(row.get('step'))}: loss {decimal(row.get('loss'))} stands out"
-        for row in facts.steps
-        if row.get("spike")
-    ]
-    plots: list[Block] = [Figures(_plots(facts))] if can_draw() else [
-        Paragraph(("Plots need matplotlib: ", Code("pip install 'glasshouse[report]'"), ", then ", Code(f"glasshouse report {facts.place}"), "."), "soft")
-    ]  # fmt: skip
+        merged.setdefault(row["step"], {}).update(row)
+    shown = spread(facts.validations or facts.steps, MOST_ROWS)
+    plots: Block = Figures(_plots(facts))
+    if not can_draw():
+        install, again = Code("pip install 'glasshouse[report]'"), Code(f"glasshouse report {facts.place}")
+        plots = Paragraph(("Plots need matplotlib: ", install, ", then ", again, "."), "soft")
     return [
-        Heading("How the training went"), *plots,
-        Table((">step", ">training bits/byte", ">validation bits/byte", ">learning rate", ">tokens/s", ">share of peak", ">memory"), rows),
-        Paragraph("Share of peak: of this machine's measured matrix-multiplication rate. The plots are in report.html.", "soft"),
-        Paragraph(f"Skipped steps and loss spikes: {'; '.join(odd[:20]) if odd else 'none'}{' and more' if len(odd) > 20 else ''}."),
-    ]  # fmt: skip
+        head,
+        plots,
+        Table(COURSE, [_course_row(merged[row["step"]]) for row in shown]),
+        Paragraph("Share of peak: of this machine's measured matrix-multiplication rate.", "soft"),
+        Paragraph(_odd_steps(facts)),
+    ]
+
+
+def _course_row(row: Row) -> list[str]:
+    held_out = decimal(row.get("validation_bits_per_byte")) if "validation_loss" in row else ""
+    rate = number_of(row.get("learning_rate"))
+    return [
+        count(row["step"]),
+        decimal(row.get("bits_per_byte")),
+        held_out,
+        "" if rate is None else f"{rate:.2g}",
+        count(row.get("tokens_per_second")),
+        share(row.get("utilization"), 1),
+        scaled(row.get("memory"), "B"),
+    ]
+
+
+def _odd_steps(facts: Facts) -> str:
+    odd = [f"step {count(row['step'])}: {row['skipped']}" for row in facts.steps if row.get("skipped")]
+    for row in facts.steps:
+        if row.get("spike"):
+            odd.append(f"step {count(row['step'])}: loss {decimal(row.get('loss'))} stands out")
+    listed = "; ".join(odd[:20]) + (f"; and {len(odd) - 20} more" if len(odd) > 20 else "")
+    return f"Skipped steps and loss spikes: {listed or 'none'}."
 
 
 def _plots(facts: Facts) -> list[tuple[str, str, str]]:
+    found = _learning_curve(facts) + _beside_baseline(facts.evaluation)
+    for key, title, remark, unit, factor in CURVES:
+        at, values = numbers(facts.steps, key)
+        if at:
+            line = Series("", at, [factor * value for value in values])
+            found.append((title, remark, draw_lines(key.replace("_", "-"), [line], unit)))
+    return found
+
+
+def _learning_curve(facts: Facts) -> list[tuple[str, str, str]]:
     at, bits = numbers(facts.steps, "bits_per_byte")
     lines = [Series("", at, bits, "faint"), Series("training, smoothed", at, smooth(bits))] if at else []
     seen, held_out = numbers(facts.validations, "validation_bits_per_byte")
     if seen:
-        place = held_out.index(min(held_out))
-        lines += [
-            Series("validation", seen, held_out, "points", True),
-            Series("best", [seen[place]], [held_out[place]], "ring", True),
-        ]
-    spikes = [row for row in facts.steps if row.get("spike")]
-    if spikes:
-        lines.append(Series("spike", *numbers(spikes, "bits_per_byte"), "cross", True))
-    found = (
-        [
-            (
-                "Learning curve",
-                "lower is better",
-                draw_lines("learning-curve", lines, "bits per byte", from_zero=False),
-            )
-        ]
-        if lines
-        else []
-    )
-    model, baseline = part(facts.evaluation, "bits_per_byte"), part(facts.evaluation, "baseline")
-    if number_of(model.get("value")) is not None and number_of(baseline.get("value")) is not None:
-        ends = [
-            (row["low"], row["high"])
-            if number_of(row.get("low")) is not None and number_of(row.get("high")) is not None
-            else None
-            for row in (model, baseline)
-        ]
-        drawn = draw_bars(
-            "baseline", ["this model", "5-gram"], [model["value"], baseline["value"]], ends, "bits per byte"
-        )
-        found.append(("Beside the baseline", "held-out text, 95 % intervals; lower is better", drawn))
-    for key, title, note, unit, scale in (
-        ("learning_rate", "Learning rate", "warm-up, stable, decay", "learning rate", 1.0),
-        ("tokens_per_second", "Throughput", "training steps only", "tokens per second", 1.0),
-        ("utilization", "Share of peak", "of the measured matrix-multiplication rate", "per cent", 100.0),
-        ("memory", "Memory", "of the whole process", "GB", 1e-9),
-    ):
-        at, values = numbers(facts.steps, key)
-        if at:
-            drawn = draw_lines(
-                key.replace("_", "-"), [Series("", at, [scale * value for value in values])], unit
-            )
-            found.append((title, note, drawn))
-    return found
+        best = held_out.index(min(held_out))
+        lines.append(Series("validation", seen, held_out, "points", True))
+        lines.append(Series("best", [seen[best]], [held_out[best]], "ring", True))
+    spikes = numbers([row for row in facts.steps if row.get("spike")], "bits_per_byte")
+    if spikes[0]:
+        lines.append(Series("spike", *spikes, "cross", True))
+    if not lines:
+        return []
+    drawn = draw_lines("learning-curve", lines, "bits per byte", from_zero=False)
+    return [("Learning curve", "lower is better", drawn)]
+
+
+def _beside_baseline(report: Row) -> list[tuple[str, str, str]]:
+    values, ends = [], []
+    for row in (part(report, "bits_per_byte"), part(report, "baseline")):
+        value, low, high = (number_of(row.get(key)) for key in ("value", "low", "high"))
+        if value is None:
+            return []
+        values.append(value)
+        ends.append(None if low is None or high is None else (low, high))
+    drawn = draw_bars("baseline", ["this model", "5-gram"], values, ends, "bits per byte")
+    return [("Beside the baseline", "held-out text, 95 % intervals; lower is better", drawn)]
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
 
 
 def data(facts: Facts) -> list[Block]:
     """The text the model was trained on, and how it was cleaned."""
-    head = Heading("What it was trained on")
-    digest = Code(
-        str(
-            facts.run.get("corpus_digest")
-            or part({"": next(iter(rows_of(facts.run.get("parents"))), {})}, "").get("digest")
-            or "not recorded"
-        )
-    )
+    head, water = Heading("What it was trained on"), facts.waterfall
+    parent = next(iter(rows_of(facts.run.get("parents"))), {})
+    digest = Code(str(facts.run.get("corpus_digest") or parent.get("digest") or "not recorded"))
+    named = Paragraph(("Digest of the corpus: ", digest), "soft")
     if not facts.corpus:
+        return [head, Paragraph("Not known here: the corpus is not at the recorded place."), named]
+    if not water:
         return [
             head,
-            Paragraph(
-                (
-                    "What the text was is not known here: its corpus is not at the recorded place. Digest of the corpus: ",
-                    digest,
-                )
-            ),
+            *mixture(facts),
+            named,
+            Paragraph("How it was cleaned is not recorded beside the corpus."),
         ]
-    rules = rows_of(facts.waterfall.get("rules"))
-    acted = [
-        row
-        for row in rules
-        if number_of(row.get("documents_dropped")) or number_of(row.get("documents_changed"))
-    ]
-    water = facts.waterfall
-    cleaned = f"Cleaning took {count(water.get('documents_in'))} documents ({scaled(water.get('bytes_in'), 'B')}) and left {count(water.get('documents_out'))} ({scaled(water.get('bytes_out'), 'B')}); {len(rules)} rules acted."
-    rows = [
-        (
-            str(row.get("rule")).replace("_", " "),
-            count(row.get("documents_dropped")),
-            count(row.get("documents_changed")),
-            scaled(row.get("bytes_dropped"), "B"),
-        )
-        for row in acted
-    ]
+    rules = rows_of(water.get("rules"))
+    cleaned = (
+        f"Cleaning took {count(water.get('documents_in'))} documents ({scaled(water.get('bytes_in'), 'B')}) and left "
+        f"{count(water.get('documents_out'))} ({scaled(water.get('bytes_out'), 'B')}). {len(rules)} rules looked at every "
+        "document; shown are those that dropped or changed any."
+    )
+    acted = [row for row in rules if row.get("documents_dropped") or row.get("documents_changed")]
+    table = Table(("rule", ">dropped", ">changed", ">text dropped"), [_rule_row(row) for row in acted])
     return [
-        head, *mixture(facts), Heading("Cleaning", 3), Paragraph(cleaned if water else "How it was cleaned is not recorded."),
-        *([Table(("rule", ">dropped", ">changed", ">text dropped"), rows)] if rows else []),
-        Paragraph(("Digest of the corpus: ", digest), "soft"),
-    ]  # fmt: skip
+        head,
+        *mixture(facts),
+        Heading("Cleaning", 3),
+        Paragraph(cleaned),
+        *([table] if acted else []),
+        named,
+    ]
+
+
+def _rule_row(row: Row) -> list[str]:
+    dropped, changed = (count(row.get(f"documents_{key}")) for key in ("dropped", "changed"))
+    return [str(row.get("rule")).replace("_", " "), dropped, changed, scaled(row.get("bytes_dropped"), "B")]
 
 
 def making(facts: Facts) -> list[Block]:
     """Shape, steps, optimizer, device, and how to make it again."""
-    run, shape, device = facts.run, facts.shape, part(facts.run, "device")
-    plan, optimization = part(run, "shape"), part(run, "optimization")
-    rate = (
-        f"; best matrix-multiplication rate {scaled(run.get('matmul_rate'), 'FLOP/s')}"
-        if number_of(run.get("matmul_rate"))
-        else ""
+    run, shape, plan = facts.run, facts.shape, part(facts.run, "shape")
+    heads = f"{count(shape.get('num_heads'))} heads ({count(shape.get('num_key_value_heads'))} for keys and values)"
+    isolated = (
+        "do not see each other" if facts.settings.get("isolate_documents") else "of one row see each other"
     )
-    learning = f"peak learning rate {optimization.get('learning_rate')}, of hidden matrices {optimization.get('matrix_learning_rate')}"
+    best = facts.best.get("step")
+    kept = f"of step {count(best)}, the best validation" if best else "none yet: no validation was made"
     rows: list[tuple[str, Pieces]] = [
-        ("shape", f"{count(shape.get('num_layers'))} layers, width {count(shape.get('embedding_dim'))}, {count(shape.get('num_heads'))} heads "
-                  f"({count(shape.get('num_key_value_heads'))} for keys and values), feed-forward {count(shape.get('feed_forward_dim'))}, "
-                  f"vocabulary {count(shape.get('vocab_size'))}, context {count(shape.get('context_length'))} tokens"),
+        (
+            "shape",
+            f"{count(shape.get('num_layers'))} layers, width {count(shape.get('embedding_dim'))}, {heads}, feed-forward "
+            f"{count(shape.get('feed_forward_dim'))}, vocabulary {count(shape.get('vocab_size'))}, context "
+            f"{count(shape.get('context_length'))} tokens",
+        ),
         ("weights", count(run.get("parameters", part(run, "predicted").get("parameters")))),
-        ("steps", f"{facts.done:,} of {count(plan.get('steps'))}, each of {count(plan.get('rows'))} rows of {count(plan.get('context'))} tokens"),
+        (
+            "steps",
+            f"{facts.done:,} of {count(plan.get('steps'))}, each of {count(plan.get('rows'))} rows of "
+            f"{count(plan.get('context'))} tokens",
+        ),
         ("tokens", count(tokens_seen(facts))),
-        ("objective", "next token; documents " + ("do not see each other" if facts.settings.get("isolate_documents") else "in one row see each other")),
-        ("optimizer", f"{optimization.get('optimizer', 'not recorded')}, {learning}, weight decay {optimization.get('weight_decay')}, "
-                      f"gradient norm at most {optimization.get('clip')}, warm-up {share(optimization.get('warmup'), 1)} and decay {share(optimization.get('decay'), 1)} of the steps"),
-        ("device", f"{device.get('kind', 'unknown')}, {device.get('dtype', 'unknown')}, {count(device.get('threads'))} threads, {count(device.get('world_size'))} process(es){rate}"),
-        ("begun, seed, code", f"{run.get('created', 'unknown')}, seed {run.get('seed', 'unknown')}, glasshouse {run.get('code_version', 'unknown')}"),
-        ("digest of the weights", Code(str(run.get("digest") or "none yet"))),
+        ("objective", f"next token; documents {isolated}"),
+        ("optimizer", _optimizer(part(run, "optimization"))),
+        ("device", _device(run)),
+        ("begun", f"{run.get('created', 'unknown')}, seed {run.get('seed', 'unknown')}, glasshouse "
+                  f"{run.get('code_version', 'unknown')}"),
+        ("weights kept", kept),
+        ("their digest", Code(str(run.get("digest") or "none yet"))),
     ]  # fmt: skip
-    again = Listing(f"glasshouse pretrain --config {facts.place}/recipe.yaml --out again", "sh")
     return [
         Heading("How it was trained"),
         Table(("", ""), rows),
         Paragraph("To make it again:"),
-        again,
+        Listing(f"glasshouse pretrain --config {facts.place}/recipe.yaml --out again", "sh"),
         Listing(facts.recipe, "yaml", "All settings (recipe.yaml)"),
     ]
+
+
+def _optimizer(settings: Row) -> str:
+    if not settings:
+        return "not recorded"
+    rates = f"peak learning rate {settings.get('learning_rate')}"
+    if settings.get("optimizer") == "muon":
+        rates = f"hidden matrices by Muon at {settings.get('matrix_learning_rate')}, the rest by AdamW at {settings.get('learning_rate')}"
+    return (
+        f"{settings.get('optimizer')}, {rates}; weight decay {settings.get('weight_decay')}, gradient norm at most "
+        f"{settings.get('clip')}, warm-up {share(settings.get('warmup'), 1)} and decay {share(settings.get('decay'), 1)} "
+        "of the steps"
+    )
+
+
+def _device(run: Row) -> str:
+    device, rate = part(run, "device"), run.get("matmul_rate")
+    processes = number_of(device.get("world_size")) or 1
+    words = [
+        str(device.get("kind", "unknown")),
+        str(device.get("dtype", "unknown")),
+        f"{count(device.get('threads'))} threads",
+    ]
+    words += [f"{count(processes)} processes"] if processes > 1 else []
+    words += [f"measured matrix-multiplication rate {scaled(rate, 'FLOP/s')}"] if number_of(rate) else []
+    return ", ".join(words)
+
+
+# --------------------------------------------------------------------------------------------------------------- cost
 
 
 def cost(facts: Facts) -> list[Block]:
@@ -174,16 +227,33 @@ def cost(facts: Facts) -> list[Block]:
     run, predicted = facts.run, part(facts.run, "predicted")
     last = facts.steps[-1] if facts.steps else {}
     peak = max((number_of(row.get("memory")) or 0 for row in facts.steps), default=None)
-    expected = run.get("predicted_memory") or (
-        (number_of(predicted.get("memory")) or 0) + (number_of(run.get("baseline_memory")) or 0) or None
-    )
-    pairs = (
-        ("floating-point operations", predicted.get("flops"), run.get("flops"), lambda value: scaled(value, "FLOP"), "counted from the shape and the steps, not observed"),
-        ("time of the steps", predicted.get("seconds"), run.get("seconds", last.get("seconds")), duration, "predicted: " + str(predicted.get("method", "not recorded"))),
-        ("peak memory", expected, run.get("memory", peak), lambda value: scaled(value, "B"), "predicted: training and what the process held before; measured: the process"),
-        ("energy", predicted.get("joules"), run.get("energy"), energy, str(run.get("energy_method") or predicted.get("method") or "not recorded") + "; no meter was read" * ("assumed" in str(predicted.get("method")))),
-    )  # fmt: skip
-    rows = [(name, form(guess), form(found), ratio(found, guess), how)
-            for name, guess, found, form, how in pairs]  # fmt: skip
-    return [Heading("Cost"), Table(("", ">predicted", ">measured", ">measured / predicted", "how"), rows),
-            Paragraph("Not measured: carbon and price, because they depend on where the electricity and the machine came from.", "soft")]  # fmt: skip
+    memory = [number_of(value) for value in (predicted.get("memory"), run.get("baseline_memory"))]
+    expected = run.get("predicted_memory", sum(value or 0 for value in memory) if memory[0] else None)
+    method = str(predicted.get("method", "not recorded"))
+    metered = "; no meter was read" if "assumed" in method else ""
+    rows = [
+        _cost_row("floating-point operations", predicted.get("flops"), run.get("flops"), _operations,
+                  "counted from shape and steps, not observed"),
+        _cost_row("training time", predicted.get("seconds"), run.get("seconds", last.get("seconds")), duration,
+                  f"predicted from: {method}"),
+        _cost_row("peak memory", expected, run.get("memory", peak), _memory, "of the whole process"),
+        _cost_row("energy", predicted.get("joules"), run.get("energy"), energy,
+                  f"{run.get('energy_method', method)}{metered}"),
+    ]  # fmt: skip
+    return [
+        Heading("Cost"),
+        Table(("", ">predicted", ">measured", ">ratio", "how"), rows),
+        Paragraph("Not measured: carbon and price; they depend on the electricity and the machine.", "soft"),
+    ]
+
+
+def _cost_row(name: str, guess: Any, found: Any, form: Callable[[Any], str], how: str) -> list[str]:
+    return [name, form(guess), form(found), ratio(found, guess), how]
+
+
+def _operations(value: Any) -> str:
+    return scaled(value, "FLOP")
+
+
+def _memory(value: Any) -> str:
+    return scaled(value, "B")
