@@ -18,8 +18,8 @@ import tiktoken
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
+from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.text.byte_pair import bytes_of
-from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.text.packing import TRAIN
 from glasshouse.text.shards import Packing, pack_documents
 from glasshouse.text.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glasshouse.corpus.documents import Document
 from glasshouse.errors import InputError
 from glasshouse.files import atomic_folder, write_manifest
-from glasshouse.text.corpus import Document
 from glasshouse.text.packing import (
     TRAIN,
     VALIDATION,

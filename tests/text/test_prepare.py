@@ -186,7 +186,7 @@ def test_sampling_takes_training_text_only_and_stops_at_its_limit(source: Path, 
     split = corpus.split(TRAIN)
 
     def sided() -> Any:
-        from glasshouse.text.corpus import Document
+        from glasshouse.corpus.documents import Document
 
         for side, number in documents:
             yield side, Document(str(number), split.text(number), "", "", "", {})

@@ -17,14 +17,15 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from glasshouse.corpus.clean import clean_documents
+from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
+from glasshouse.corpus.personal_data import KINDS, Kind
+from glasshouse.corpus.quality import CleanRules
+from glasshouse.corpus.waterfall import Waterfall
 from glasshouse.errors import InputError
 from glasshouse.files import atomic_folder, recover_folder, write_error, write_json
 from glasshouse.run import Run
-from glasshouse.text.clean import clean_documents
-from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.text.packing import TRAIN, VALIDATION
-from glasshouse.text.personal_data import KINDS, Kind
-from glasshouse.text.quality import CleanRules
 from glasshouse.text.shards import (
     SHARD_TOKENS,
     Packing,
@@ -36,7 +37,6 @@ from glasshouse.text.shards import (
     pack_documents,
 )  # fmt: skip
 from glasshouse.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, open_tokenizer, train_tokenizer
-from glasshouse.text.waterfall import Waterfall
 
 LEAST_BYTES = 2000
 LEAST_DOCUMENTS = 20

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from glasshouse.corpus.documents import Document
 from glasshouse.errors import InputError
 from glasshouse.files import write_json
-from glasshouse.text.corpus import Document
 from glasshouse.text.packing import CORPUS_FILE, TRAIN, VALIDATION
 from glasshouse.text.tokenizer import Tokenizer
 

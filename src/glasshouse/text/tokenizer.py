@@ -336,7 +336,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, exact: bool = True) -
     )
     start = (END_OF_DOCUMENT, backend.token_to_id(END_OF_DOCUMENT))
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_DOCUMENT} $A", pair=f"{END_OF_DOCUMENT} $A {END_OF_DOCUMENT} $B", special_tokens=[start]
+        single=f"{END_OF_DOCUMENT} $A",
+        pair=f"{END_OF_DOCUMENT} $A {END_OF_DOCUMENT} $B",
+        special_tokens=[start],
     )
     reached = backend.get_vocab_size(with_added_tokens=True)
     if exact and reached != vocab_size:

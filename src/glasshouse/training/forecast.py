@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from glasshouse.corpus.documents import ReadCounts, ReadPolicy, read_documents
 from glasshouse.device import open_device
 from glasshouse.errors import InputError
-from glasshouse.text.corpus import ReadCounts, ReadPolicy, read_documents
 from glasshouse.text.packing import open_corpus
 from glasshouse.text.prepare import PrepareConfig, choose_vocab_size
 from glasshouse.training.plan import Prediction, Shape, ShapeRequest, plan_shape, predict

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import pytest
 
+from glasshouse.corpus.clean import clean_documents
+from glasshouse.corpus.documents import Document
+from glasshouse.corpus.quality import CleanRules
+from glasshouse.corpus.waterfall import Waterfall, digest_document
 from glasshouse.errors import InputError
-from glasshouse.text.clean import clean_documents
-from glasshouse.text.corpus import Document
-from glasshouse.text.quality import CleanRules
-from glasshouse.text.waterfall import Waterfall, digest_document
 
 STORY = "The little dog ran to the river and saw a big fish that was as blue as the sky on a day in June. "
 EVERYTHING = CleanRules(
@@ -103,7 +103,7 @@ def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pyt
     one = clean(documents, EVERYTHING, tmp_path)
     two = clean(documents, EVERYTHING, tmp_path, workers=2)
     assert one == two
-    monkeypatch.setattr("glasshouse.text.screening.CHUNK_DOCUMENTS", 17)
+    monkeypatch.setattr("glasshouse.corpus.screening.CHUNK_DOCUMENTS", 17)
     assert clean(documents, EVERYTHING, tmp_path) == one
 
 
@@ -183,10 +183,10 @@ def test_personal_data_is_replaced_and_not_shown(tmp_path: Path):
 FLAT = """
 import resource, sys
 from pathlib import Path
-from glasshouse.text.clean import clean_documents
-from glasshouse.text.corpus import Document
-from glasshouse.text.quality import CleanRules
-from glasshouse.text.waterfall import Waterfall
+from glasshouse.corpus.clean import clean_documents
+from glasshouse.corpus.documents import Document
+from glasshouse.corpus.quality import CleanRules
+from glasshouse.corpus.waterfall import Waterfall
 def documents(count):
     for n in range(count):
         text = f"Number {n} and {n * 7919 % 100003} went to see {n * 31} of the {n % 977} old men."

@@ -5,11 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glasshouse.text.clean import clean_documents
-from glasshouse.text.corpus import Document
-from glasshouse.text.deduplicate import EvaluationIndex, find_exact, find_pairs, grams, join_pairs, read_units
-from glasshouse.text.quality import CleanRules
-from glasshouse.text.waterfall import Waterfall
+from glasshouse.corpus.clean import clean_documents
+from glasshouse.corpus.deduplicate import (
+    EvaluationIndex,
+    find_exact,
+    find_pairs,
+    grams,
+    join_pairs,
+    read_units,
+)
+from glasshouse.corpus.documents import Document
+from glasshouse.corpus.quality import CleanRules
+from glasshouse.corpus.waterfall import Waterfall
 
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
 
@@ -171,7 +178,7 @@ def test_units_are_words_and_han_characters():
 def test_long_texts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch):
     texts = ["one two three " * 50, "我爱你" * 40 + "abc", "", "x" * 300, "end"]
     whole = read_units(texts)
-    monkeypatch.setattr("glasshouse.text.deduplicate.PIECE", 23)
+    monkeypatch.setattr("glasshouse.corpus.deduplicate.PIECE", 23)
     pieces = read_units(texts)
     for name in ("hashes", "starts", "first", "last", "by_character"):
         assert np.array_equal(getattr(whole, name), getattr(pieces, name)), name

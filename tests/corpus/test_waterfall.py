@@ -1,7 +1,7 @@
 import json
 from collections import Counter
 
-from glasshouse.text.waterfall import Tally, Waterfall, digest_document, shorten
+from glasshouse.corpus.waterfall import Tally, Waterfall, digest_document, shorten
 
 
 def test_examples_are_a_fair_sample():

@@ -3,16 +3,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glasshouse.text.corpus import Document
-from glasshouse.text.quality import CleanRules
-from glasshouse.text.screening import (
+from glasshouse.corpus.documents import Document
+from glasshouse.corpus.quality import CleanRules
+from glasshouse.corpus.screening import (
     CHUNK_CHARACTERS,
     chunk_documents,
     normalise,
     run_in_order,
     screen_documents,
 )
-from glasshouse.text.waterfall import Tally
+from glasshouse.corpus.waterfall import Tally
 
 
 @pytest.mark.parametrize(

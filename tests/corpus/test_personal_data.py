@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stdnum import iban, luhn
 from stdnum.cn import ric
 
-from glasshouse.text.personal_data import KINDS, TAGS, find, is_chinese_id, is_iban, is_luhn, redact
+from glasshouse.corpus.personal_data import KINDS, TAGS, find, is_chinese_id, is_iban, is_luhn, redact
 
 CASES = 250
 ENGLISH = [

@@ -17,13 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from glasshouse.corpus.clean import mark_repeats, release_documents
+from glasshouse.corpus.deduplicate import Shelf
+from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
+from glasshouse.corpus.quality import CleanRules, check_rules, list_rules
+from glasshouse.corpus.screening import screen_documents
+from glasshouse.corpus.waterfall import Tally, Waterfall
 from glasshouse.errors import InputError
-from glasshouse.text.clean import mark_repeats, release_documents
-from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
-from glasshouse.text.deduplicate import Shelf
-from glasshouse.text.quality import CleanRules, check_rules, list_rules
-from glasshouse.text.screening import screen_documents
-from glasshouse.text.waterfall import Tally, Waterfall
 
 
 @dataclass(frozen=True)

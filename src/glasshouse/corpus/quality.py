@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from glasshouse.errors import InputError
-from glasshouse.text.measures import (
+from glasshouse.corpus.measures import (
     View,
     alphabetic_share,
     broken_lines,
@@ -41,7 +40,8 @@ from glasshouse.text.measures import (
     top_gram_share,
     unbroken_share,
 )
-from glasshouse.text.personal_data import KINDS, Kind
+from glasshouse.corpus.personal_data import KINDS, Kind
+from glasshouse.errors import InputError
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")

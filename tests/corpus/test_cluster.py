@@ -5,12 +5,12 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from glasshouse.corpus.clean import clean_documents
+from glasshouse.corpus.cluster import Cleaning, ClusterConfig, build_executor, clean_on_cluster
+from glasshouse.corpus.documents import ReadCounts, ReadPolicy, read_documents
+from glasshouse.corpus.quality import CleanRules
+from glasshouse.corpus.waterfall import Waterfall
 from glasshouse.errors import InputError
-from glasshouse.text.clean import clean_documents
-from glasshouse.text.cluster import Cleaning, ClusterConfig, build_executor, clean_on_cluster
-from glasshouse.text.corpus import ReadCounts, ReadPolicy, read_documents
-from glasshouse.text.quality import CleanRules
-from glasshouse.text.waterfall import Waterfall
 
 POLICY = ReadPolicy(text_unit="line")
 
@@ -80,7 +80,9 @@ def test_ray_executor(paths: tuple[str, ...], tmp_path: Path):
 
 
 def test_ray_that_is_not_there(paths: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("glasshouse.text.cluster.find_spec", lambda name: None if name == "ray" else object())
+    monkeypatch.setattr(
+        "glasshouse.corpus.cluster.find_spec", lambda name: None if name == "ray" else object()
+    )
     cleaning = Cleaning(paths, CleanRules(), POLICY, str(tmp_path))
     with pytest.raises(InputError, match="ray is not installed"):
         list(clean_on_cluster(cleaning, ClusterConfig("ray"), Waterfall()))

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from glasshouse.corpus.deduplicate import EvaluationIndex, Shelf, find_repeats
+from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
+from glasshouse.corpus.personal_data import redact
+from glasshouse.corpus.quality import CleanRules, check_rules, has_stage, list_rules
+from glasshouse.corpus.screening import CHUNK_CHARACTERS, run_in_order, screen_documents, show
+from glasshouse.corpus.waterfall import Tally, Waterfall, digest_document
 from glasshouse.errors import InputError
-from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
-from glasshouse.text.deduplicate import EvaluationIndex, Shelf, find_repeats
-from glasshouse.text.personal_data import redact
-from glasshouse.text.quality import CleanRules, check_rules, has_stage, list_rules
-from glasshouse.text.screening import CHUNK_CHARACTERS, run_in_order, screen_documents, show
-from glasshouse.text.waterfall import Tally, Waterfall, digest_document
 
 
 def clean_documents(

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from glasshouse.text.language import CHARACTERS_PER_WORD, convention, count_sentences, split_words
+from glasshouse.corpus.language import CHARACTERS_PER_WORD, convention, count_sentences, split_words
 
 PARAGRAPH_BREAK, LINE_BREAK = re.compile(r"\n{2,}"), re.compile("\n+")
 TERMINAL = (

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from glasshouse.text.language import UNSPACED
+from glasshouse.corpus.language import UNSPACED
 
 PLANES = 0x20000  # code points with entries of their own; those above are Han
 PIECE = 2**20  # characters hashed at once, so that a long document needs no more memory

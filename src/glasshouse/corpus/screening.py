@@ -20,12 +20,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from glasshouse.text.corpus import Document
-from glasshouse.text.deduplicate import SCHEMES, bucket_keys, exact_key, read_units
-from glasshouse.text.language import identify_language, normalise_code
-from glasshouse.text.personal_data import redact
-from glasshouse.text.quality import CleanRules, has_stage, judge, list_rules, quality_rules
-from glasshouse.text.waterfall import Tally, digest_document
+from glasshouse.corpus.deduplicate import SCHEMES, bucket_keys, exact_key, read_units
+from glasshouse.corpus.documents import Document
+from glasshouse.corpus.language import identify_language, normalise_code
+from glasshouse.corpus.personal_data import redact
+from glasshouse.corpus.quality import CleanRules, has_stage, judge, list_rules, quality_rules
+from glasshouse.corpus.waterfall import Tally, digest_document
 
 CHUNK_CHARACTERS, CHUNK_DOCUMENTS = 2**17, 1024  # what is worked on at once
 SURE_LETTERS = 60  # a shorter text is never dropped for its language: the guess is too uncertain

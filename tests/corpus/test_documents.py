@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.errors import InputError
-from glasshouse.text.corpus import Document, ReadCounts, ReadPolicy, read_documents
 
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。我们在学校里学习中文，老师说得很清楚。"
 COMPRESS = {
@@ -403,7 +403,7 @@ def test_memory_stays_flat(tmp_path):
     write(tmp_path / "a.txt.gz", bomb(".gz", 160))
     program = (
         "import sys, resource, lxml.html, pyarrow.parquet\n"
-        "from glasshouse.text.corpus import *\n"
+        "from glasshouse.corpus.documents import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "counts = ReadCounts()\n"
         "for document in read_documents([sys.argv[1]], ReadPolicy(compression_ratio=10**6), counts): pass\n"

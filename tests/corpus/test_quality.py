@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from glasshouse.errors import InputError
-from glasshouse.text.language import count_sentences, split_words
-from glasshouse.text.quality import (
+from glasshouse.corpus.language import count_sentences, split_words
+from glasshouse.corpus.quality import (
     C4,
     FINEWEB,
     GOPHER_QUALITY,
@@ -22,6 +21,7 @@ from glasshouse.text.quality import (
     choose_rules,
     judge,
 )
+from glasshouse.errors import InputError
 
 STORIES = [
     "I see a cat.",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glasshouse.text.source import Line, SourceError, read_lines, require_library, utf8_size
+from glasshouse.corpus.source import Line, SourceError, read_lines, require_library, utf8_size
 
 END_OF_TEXT = "<|endoftext|>"
 FORMATS = {

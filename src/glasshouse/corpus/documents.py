@@ -37,11 +37,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from glasshouse.errors import InputError
-from glasshouse.files import read_json
-from glasshouse.text import formats
-from glasshouse.text.formats import FORMATS, Row, TextUnit
-from glasshouse.text.source import (
+from glasshouse.corpus import formats
+from glasshouse.corpus.formats import FORMATS, Row, TextUnit
+from glasshouse.corpus.source import (
     COMPRESSIONS,
     ByteCounts,
     SourceError,
@@ -50,6 +48,8 @@ from glasshouse.text.source import (
     replace_surrogates,
     utf8_size,
 )
+from glasshouse.errors import InputError
+from glasshouse.files import read_json
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data"
 EXAMPLES = 5

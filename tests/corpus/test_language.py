@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from glasshouse.text import language as module
-from glasshouse.text.language import (
+from glasshouse.corpus import language as module
+from glasshouse.corpus.language import (
     convention,
     count_sentences,
     identify_language,
