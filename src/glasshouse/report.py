@@ -62,8 +62,9 @@ def read_facts(run: Run) -> Facts:
         )
     notes: list[str] = []
     path = run.path.resolve()
-    name = f"{path.parent.name}-{path.name}" if path.name in VERBS and path.parent.name else path.name
-    place = f"{path.parent.name}/{path.name}" if path.name in VERBS and path.parent.name else path.name
+    in_recipe = path.name in VERBS and bool(path.parent.name)  # a recipe's runs are called by their stage
+    name = path.parent.name if in_recipe else path.name
+    place = f"{path.parent.name}/{path.name}" if in_recipe else path.name
     recipe, settings = _read_recipe(run, str(facts.get("stage")), notes)
     rows = _read_metrics(run, notes)
     reports = {

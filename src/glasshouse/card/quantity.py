@@ -30,7 +30,9 @@ def decimal(value: Any, digits: int = 3, unit: str = "") -> str:
 def share(part: Any, whole: Any) -> str:
     """A part as a percentage."""
     part, whole = number_of(part), number_of(whole)
-    return NOT_MEASURED if part is None or not whole else f"{100 * part / whole:.1f} %"
+    if part is None or not whole:
+        return NOT_MEASURED
+    return "< 0.1 %" if 0 < part / whole < 0.0005 else f"{100 * part / whole:.1f} %"
 
 
 def scaled(value: Any, unit: str) -> str:
@@ -53,12 +55,9 @@ def duration(seconds: Any) -> str:
         return NOT_MEASURED
     if number < 120:
         return f"{number:.1f} s"
-    minutes = round(number / 60)
-    return (
-        f"{int(number // 60)} min {number % 60:.0f} s"
-        if number < 3600
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
+    whole = round(number)
+    minutes = f"{whole // 60} min {whole % 60} s"
+    return minutes if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def energy(joules: Any) -> str:

@@ -37,17 +37,18 @@ def course(facts: Facts) -> list[Block]:
     for row in (*facts.steps, *facts.validations):
         merged.setdefault(row["step"], {}).update(row)
     shown = spread(facts.validations or facts.steps, MOST_ROWS)
-    plots: Block = Figures(_plots(facts))
-    if not can_draw():
-        install, again = Code("pip install 'glasshouse[report]'"), Code(f"glasshouse report {facts.place}")
-        plots = Paragraph(("Plots need matplotlib: ", install, ", then ", again, "."), "soft")
     return [
         head,
-        plots,
+        Figures(_plots(facts)) if can_draw() else _how_to_draw(facts),
         Table(COURSE, [_course_row(merged[row["step"]]) for row in shown]),
         Paragraph("Share of peak: of this machine's measured matrix-multiplication rate.", "soft"),
         Paragraph(_odd_steps(facts)),
     ]
+
+
+def _how_to_draw(facts: Facts) -> Paragraph:
+    install, again = Code("pip install 'glasshouse[report]'"), Code(f"glasshouse report {facts.place}")
+    return Paragraph(("Plots need matplotlib: ", install, ", then ", again, "."), "soft")
 
 
 def _course_row(row: Row) -> list[str]:
@@ -187,7 +188,9 @@ def making(facts: Facts) -> list[Block]:
     return [
         Heading("How it was trained"),
         Table(("", ""), rows),
-        Paragraph("To make it again:"),
+        Paragraph(
+            "To make it again, from the folder in which it was made (the recipe names its corpus by path):"
+        ),
         Listing(f"glasshouse pretrain --config {facts.place}/recipe.yaml --out again", "sh"),
         Listing(facts.recipe, "yaml", "All settings (recipe.yaml)"),
     ]
