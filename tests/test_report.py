@@ -191,7 +191,7 @@ def test_figures_are_those_of_the_files(run: Run):
     expected = [
         "132,416", "2 layers, width 64", "60 of 60", "61,440", "13.7 kB of text (en)",  # what it is
         "0.549", "0.419 to 0.686", "0.788", "0.738 to 0.834", "-0.239", "-0.344 to -0.135", "the model is better",  # results
-        "n = 15 held-out documents", "390 tokens", "0.511", "0.722", "0.500 to 0.700", "too little text for one",
+        "n = 15 held-out documents", "390 tokens", "0.511", "0.722", "0.500 to 0.700", "too little text",
         "51.8 GFLOP", "43.6 s", "2 min 10 s", "416 MB", "405 MB", "0.218 Wh", "0.652 Wh", "2.99", "0.97",  # cost
         "13.4 passes over 4,580 training tokens", "0.151 bits per byte (0.100 to 0.200)",  # limits
         "0.400 nats per token at the last validation, 0.312 at the best, which was at step 40 of 60",
@@ -427,6 +427,17 @@ def test_missing_or_changed_parents_are_said(run: Run, corpus: Run, tmp_path: Pa
     for card in cards(run):
         assert "is no longer the same" in card
         assert "Another corpus" not in card
+
+
+def test_a_run_made_from_a_bare_corpus_folder_finds_it(tmp_path: Path, corpus: Run):
+    bare = shutil.copytree(corpus.corpus_path, tmp_path / "bare")
+    run = create_run(tmp_path / "runs" / "new", "pretrain", {"corpus": str(bare)}, [bare])
+    run.update(corpus_digest=corpus.digest())
+    for card in cards(run):
+        assert "Stories" in card
+    run.update(corpus_digest="0" * 64)
+    for card in cards(run):
+        assert "Stories" not in card
 
 
 def test_a_moved_pair_of_runs_finds_its_corpus_beside_it(run: Run, corpus: Run, tmp_path: Path):

@@ -18,7 +18,7 @@ from glasshouse.card.page import clean, render_html, render_markdown
 from glasshouse.card.quantity import number_of
 from glasshouse.card.reports import other_reports
 from glasshouse.errors import InputError
-from glasshouse.files import read_json, write_atomic
+from glasshouse.files import MANIFEST, read_json, sha256_file, write_atomic
 from glasshouse.run import METRICS_FILE, RECIPE_FILE, RUN_FILE, Run
 
 VERBS = ("prepare", "pretrain", "finetune", "federate")
@@ -126,7 +126,8 @@ def _find_corpus(run: Run, facts: Row, notes: list[str]) -> Path | None:
         folder = place / "corpus" if (place / "corpus").is_dir() else place
         if (folder / CORPUS_FILES[0]).is_file():
             expected = parent.get("digest") or facts.get("corpus_digest")
-            if expected is None or Run(folder.parent).digest() == expected:
+            manifest = folder / MANIFEST
+            if expected is None or (manifest.is_file() and sha256_file(manifest) == expected):
                 return folder
     notes.append(
         "The corpus this run was made from is not at the recorded place, or is no longer the same, so what it held is not shown."

@@ -108,9 +108,7 @@ def _use(facts: Facts) -> list[Block]:
 def interval(found: Row, digits: int = 3) -> str:
     """The two ends of an interval."""
     low, high = number_of(found.get("low")), number_of(found.get("high"))
-    return (
-        "too little text for one" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
-    )
+    return "too little text" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def _results(facts: Facts) -> list[Block]:

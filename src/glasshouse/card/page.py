@@ -29,9 +29,9 @@ p, ul { margin: .6rem 0; max-width: 46rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .92rem; min-width: 50%; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td { overflow-wrap: break-word; min-width: 5rem; } td:not(.text) { word-break: normal; }
-th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; overflow-wrap: normal; vertical-align: bottom; }
+td { overflow-wrap: break-word; min-width: 5rem; } td:first-child:not(.number) { min-width: 7.5rem; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 td.text { white-space: pre-wrap; min-width: 14rem; }
 code, pre { font: .88em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 code { background: var(--tint); padding: .1em .3em; border-radius: 3px; }
