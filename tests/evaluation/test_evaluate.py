@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from glasshouse.artifact import save_artifact
+from glasshouse.corpus.documents import Document
 from glasshouse.device import open_device
 from glasshouse.errors import InputError
 from glasshouse.evaluation.baselines import train_ngram
@@ -21,7 +22,6 @@ from glasshouse.evaluation.perplexity import draw_documents
 from glasshouse.files import atomic_folder
 from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.run import Run, create_run
-from glasshouse.text.corpus import Document
 from glasshouse.text.packing import TRAIN, VALIDATION, open_corpus
 from glasshouse.text.shards import write_corpus
 from glasshouse.text.tokenizer import train_tokenizer

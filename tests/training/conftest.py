@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from glasshouse.corpus.documents import Document
 from glasshouse.files import atomic_folder
-from glasshouse.text.corpus import Document
 from glasshouse.text.shards import write_corpus
 from glasshouse.text.tokenizer import train_tokenizer
 

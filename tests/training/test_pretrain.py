@@ -237,15 +237,9 @@ def test_early_stopping_stops_after_validations_that_are_no_better(
     run = start(tmp_path / "run", config)
     pretrain(config, run)
     facts = run.read()
-    assert (
-        facts["status"] == "finished"
-    )
-    assert (
-        facts["steps"] < 200
-    )
-    assert (
-        facts["steps"] - facts["best"]["step"] == 2 * 5
-    )
+    assert facts["status"] == "finished"
+    assert facts["steps"] < 200
+    assert facts["steps"] - facts["best"]["step"] == 2 * 5
 
 
 def test_two_processes_cannot_work_in_one_run(corpus_folder: Path, tmp_path: Path) -> None:
