@@ -27,6 +27,10 @@ class Cache(Protocol):
         ...
 
 
+BLOCK = 128
+"""Queries that are multiplied at once where the causal triangle is spelled out."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which key each query sees: none later than itself, none further back than the window, none of another document.
@@ -80,7 +84,7 @@ def attend(
         key: [B, G, S, d] with H a multiple of G: each key head serves H / G query heads.
         value: [B, G, S, d].
         mask: additive, broadcastable to [B, 1, T, S]; None when nothing, or only the causal triangle, is masked.
-        causal: mask the causal triangle (only without a mask, and with T = S).
+        causal: no query sees a later key, and T = S; a mask, if there is one, says so too.
         tap: shown "NAME.scores" and "NAME.pattern", [B, H, T, S].
         name: prefix for the tap.
 
@@ -89,12 +93,35 @@ def attend(
     """
     if tap is None and (query.device.type != "cpu" or not query.requires_grad):
         return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    batch, heads, queries, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+    queries, keys = query.shape[2], key.shape[2]
     if mask is None and causal:
         mask = additive(Mask().seen(queries, keys, query.device), query.dtype)
+    blocks = queries // BLOCK if causal and tap is None else 1
+    if blocks > 1:
+        # Half of a causal triangle is never seen: a block of queries is multiplied with the keys before its end only.
+        pieces, start = [], 0
+        for piece in query.tensor_split(blocks, dim=2):
+            end = start + piece.shape[2]
+            part = mask[:, :, start:end, :end] if mask is not None else None
+            pieces.append(_read(piece, key[:, :, :end], value[:, :, :end], part, None, name))
+            start = end
+        return torch.cat(pieces, dim=2)
+    return _read(query, key, value, mask, tap, name)
+
+
+def _read(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tap: Tap | None, name: str
+) -> Tensor:
+    """`attend`, spelled out."""
+    batch, heads, queries, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
     # One matrix product per key head: the query heads that share it are stacked along the positions.
     stacked = (query * width**-0.5).reshape(batch, groups, heads // groups * queries, width)
     scores = (stacked @ key.transpose(-1, -2)).view(batch, heads, queries, keys)
@@ -146,7 +173,7 @@ class Attention(nn.Module):
         tap: Tap | None = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]; `rotary` is a table of the positions, None where positions are learned."""
-        name = f"layers.{layer}.attention"
+        name = "" if tap is None else f"layers.{layer}.attention"
         query = self._heads(self.query(hidden), self.query_norm, rotary)
         key = self._heads(self.key(hidden), self.key_norm, rotary)
         value = self._heads(self.value(hidden), None, None)

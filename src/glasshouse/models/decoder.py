@@ -101,9 +101,11 @@ class DecoderLayer(nn.Module):
         tap: Tap | None = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        name = f"layers.{self.index}"
+        # The index is looked up only where it is needed: a compiled layer that knew it could serve no other layer.
+        index = 0 if tap is None and cache is None else self.index
+        name = "" if tap is None else f"layers.{index}"
         hidden = touch(tap, f"{name}.residual_before", hidden)
-        read = self.attention(self.attention_norm(hidden), rotary, mask, causal, cache, self.index, tap)
+        read = self.attention(self.attention_norm(hidden), rotary, mask, causal, cache, index, tap)
         hidden = touch(tap, f"{name}.residual_middle", hidden + self._drop(read))
         written = self.feed_forward(self.feed_forward_norm(hidden), tap, f"{name}.feed_forward")
         return touch(tap, f"{name}.residual_after", hidden + self._drop(written))
@@ -187,11 +189,13 @@ class Decoder(nn.Module):
     def _mask(
         self, queries: int, start: int, documents: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor | None, bool]:
-        """The additive mask shared by every layer, and whether the plain causal triangle does instead of one."""
+        """The additive mask shared by every layer (None for the plain triangle), and whether no query sees later keys."""
         mask = Mask(True, self.config.sliding_window, documents)
         if mask.is_plain(queries, start + queries):
             return None, queries > 1
-        return additive(mask.seen(queries, start + queries, hidden.device), hidden.dtype), False
+        return additive(
+            mask.seen(queries, start + queries, hidden.device), hidden.dtype
+        ), start == 0 < queries - 1
 
 
 def initialize(model: Decoder, seed: int) -> None:

@@ -18,7 +18,7 @@ from glasshouse.models.decoder import Decoder
 IGNORED = -100
 """The label of a position that is not learned from."""
 
-CHUNK_SCORES = 2**24
+CHUNK_SCORES = 2**23
 """Most scores (positions times vocabulary) held at once by the cross-entropy."""
 
 
