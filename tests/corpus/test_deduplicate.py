@@ -1,15 +1,21 @@
+import pickle
 import random
 import secrets
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from glasshouse.corpus import deduplicate
 from glasshouse.corpus.clean import clean_documents
 from glasshouse.corpus.deduplicate import (
     EvaluationIndex,
+    Shelf,
+    Shingles,
     find_exact,
     find_pairs,
+    gather_pairs,
     grams,
     join_pairs,
     read_units,
@@ -192,15 +198,76 @@ def test_grams_stay_within_a_text():
     assert len(grams(read_units([""]), 3)[0]) == 0
 
 
-def test_find_exact_and_pairs():
+def reference_pairs(keys: list[int], documents: list[int]) -> list[tuple[int, int]]:
+    """What `find_pairs` promises, one document at a time."""
+    first: dict[int, int] = {}
+    before: dict[int, int] = {}
+    pairs = set()
+    for key, document in zip(keys, documents, strict=True):
+        if key in first:
+            pairs |= {(document, first[key]), (document, before[key])}
+        first.setdefault(key, document)
+        before[key] = document
+    return sorted(pairs)
+
+
+def halves(pairs: np.ndarray) -> list[tuple[int, int]]:
+    later, earlier = (pairs >> np.uint64(32)).tolist(), (pairs & np.uint64(2**32 - 1)).tolist()
+    return list(zip(later, earlier, strict=True))
+
+
+@pytest.mark.parametrize("limit", [2**22, 3, 1])
+def test_find_exact_and_pairs(seed: int, limit: int):
     keys = (
         np.array([[1, 2], [3, 4], [1, 2], [1, 5], [3, 4], [1, 2]], np.uint64).view(np.uint8).reshape(-1, 16)
     )
-    assert find_exact(keys).tolist() == [0, 1, 0, 3, 1, 0]
-    pairs = find_pairs(np.array([7, 8, 7, 9, 7], np.uint64), np.array([10, 11, 12, 13, 14]))
-    later, earlier = (pairs >> np.uint64(32)).tolist(), (pairs & np.uint64(2**32 - 1)).tolist()
-    assert list(zip(later, earlier, strict=True)) == [(12, 10), (14, 10), (14, 12)]
-    assert join_pairs(np.array([3, 4, 4]), np.array([1, 3, 2]), 5).tolist() == [0, 1, 1, 1, 1]
+    assert find_exact(keys, limit).tolist() == [0, 1, 0, 3, 1, 0]
+    assert find_exact(keys[:0], limit).tolist() == []
+    some = np.array([7, 8, 7, 9, 7], np.uint64), np.array([10, 11, 12, 13, 14])
+    assert halves(find_pairs(*some, limit)) == [(12, 10), (14, 10), (14, 12)]
+    generator = random.Random(seed)
+    drawn = [generator.randrange(40) for _ in range(100)]
+    documents = sorted(generator.sample(range(1000), 100))
+    found = find_pairs(np.array(drawn, np.uint64), np.array(documents), limit)
+    assert halves(found) == reference_pairs(drawn, documents), f"seed {seed}"
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**16])
+def test_pairs_are_counted_and_joined_range_by_range(seed: int, size: int, tmp_path: Path):
+    generator, expected = random.Random(seed), Counter[tuple[int, int]]()
+    files = [tmp_path / str(number) for number in range(4)]
+    for file in files:
+        keys = [generator.randrange(60) for _ in range(100)]
+        pairs = find_pairs(np.array(keys, np.uint64), np.arange(100))
+        expected.update(halves(pairs))
+        pairs.tofile(file)
+    (tmp_path / "empty").touch()
+    ranges = list(gather_pairs([*files, tmp_path / "empty"], 100, size))
+    assert all(len({one // size for one in later.tolist()}) == 1 for later, _, _ in ranges)
+    rows = [row for columns in ranges for row in zip(*(column.tolist() for column in columns), strict=True)]
+    assert rows == [(*pair, count) for pair, count in sorted(expected.items())], f"seed {seed}"
+    chain = [(np.array([3, 4]), np.array([1, 3]), np.ones(2)), (np.array([4]), np.array([2]), np.ones(1))]
+    assert join_pairs(iter(chain), 5).tolist() == [0, 1, 1, 1, 1]
+
+
+def test_kept_shingles_are_limited(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deduplicate, "SHINGLES", 100)
+    read: list[int] = []
+    shingles = Shingles(
+        lambda number: read.append(number) or " ".join(f"w{number}x{i}" for i in range(44)), 5
+    )
+    assert [len(shingles.get(number)) for number in (0, 1, 1, 0, 2, 0, 1)] == [40] * 7
+    assert read == [0, 1, 2, 1]
+    assert shingles.size <= 100
+
+
+def test_another_process_is_handed_folders_only(tmp_path: Path):
+    lines = [b'["a", "one"]\n', b'["b", "two"]\n']
+    (tmp_path / "documents").write_bytes(b"".join(lines))
+    np.cumsum([len(line) for line in lines]).astype(np.int64).tofile(tmp_path / "offsets")
+    data = pickle.dumps(Shelf([tmp_path]))
+    (tmp_path / "offsets").write_bytes(b"")
+    assert len(pickle.loads(data).ends[0]) == 0  # read anew, not taken along
 
 
 @pytest.mark.parametrize("chinese", [False, True])

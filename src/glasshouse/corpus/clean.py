@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glasshouse.corpus.deduplicate import EvaluationIndex, Shelf, find_repeats
+from glasshouse.corpus.deduplicate import EvaluationIndex, Shelf, find_repeats, open_column
 from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.corpus.personal_data import redact
 from glasshouse.corpus.quality import CleanRules, check_rules, has_stage, list_rules
@@ -89,6 +89,8 @@ def release_documents(
         The documents that stay and what was counted, chunk by chunk.
     """
     chunks = chunk_records(shelf, part, rules)
+    if not (has_stage(rules, "evaluation_overlap") or has_stage(rules, "personal_data")):
+        workers = 1  # handing records over and documents back would cost more than all there is to do
     yield from run_in_order(partial(release, rules=rules, seed=seed, shelf=shelf), chunks, workers)
 
 
@@ -105,15 +107,17 @@ class Records:
 def chunk_records(shelf: Shelf, part: int, rules: CleanRules) -> Iterator[Records]:
     """The records of a part in chunks."""
     folder, first = shelf.folders[part], int(shelf.firsts[part])
-    numbers = np.arange(first, int(shelf.firsts[part + 1]))
-    exact = np.fromfile(folder / "exact-repeats", np.int64)
-    near = np.fromfile(folder / "near-repeats", np.int64) if has_stage(rules, "near_duplicates") else numbers
+    count = int(shelf.firsts[part + 1]) - first
+    exact = open_column(folder / "exact-repeats", np.int64)
+    near = open_column(folder / "near-repeats", np.int64) if has_stage(rules, "near_duplicates") else None
     with (folder / "documents").open("rb") as file:
         start = 0
-        while start < len(numbers):
+        while start < count:
             lines = file.readlines(CHUNK_CHARACTERS)
             stop = start + len(lines)
-            yield Records(first + start, lines, exact[start:stop], near[start:stop])
+            numbers = np.arange(first + start, first + stop)
+            repeats = numbers if near is None else np.array(near[start:stop])
+            yield Records(first + start, lines, np.array(exact[start:stop]), repeats)
             start = stop
 
 

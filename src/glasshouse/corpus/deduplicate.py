@@ -7,6 +7,10 @@ separate words. Everything is computed for a batch of texts at once, on arrays. 
 (40 buckets of 4) and then compares the real sets, so that it finds documents with 5 % of the words changed
 (Jaccard about 0.63, of which "published" finds a third) and drops none whose n-grams differ by half.
 
+Nothing is held per pair and little per document: keys are sorted a part of the key space at a time, candidate pairs
+wait on disk, one sorted file per bucket, and are compared for a range of documents at a time. A document takes about
+40 bytes of memory, so ten million take less than half a gigabyte; the sets of n-grams kept for comparing are limited.
+
 datatrove's MinHash blocks are not used: they split words with spaCy, take one document at a time (signatures of
 English Wikipedia on one core: 2.2 MB/s with the words split for them, here 16 MB/s with splitting), and
 need a pass over files per step; the tests hold the "published" clusters against them. It knows no rules and no report.
@@ -14,11 +18,13 @@ need a pass over files per step; the tests hold the "published" clusters against
 
 import hashlib
 import json
+import tempfile
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,11 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 SCHEMES = {"verified": (40, 4), "published": (14, 8)}  # buckets, hashes per bucket
 SHORTEST_WORDS, SHORTEST_CHARACTERS = 8, 12  # of an evaluation text that is looked for
 COMPARISONS = 8  # real comparisons per document at most, so that a corpus of one template stays linear
+PART_KEYS = 2**22  # keys that are sorted at once
+RANGE_DOCUMENTS = 2**16  # documents whose candidates are in memory at once
+SHINGLES = 2**23  # hashes of n-grams that are kept for comparing: 64 MiB
+
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def scramble(values: np.ndarray) -> np.ndarray:
@@ -192,27 +203,44 @@ def exact_key(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def find_exact(keys: np.ndarray) -> np.ndarray:
+def split_keys(keys: np.ndarray, limit: int = PART_KEYS) -> Iterator[np.ndarray]:
+    """The places of keys, int64 ascending, in lots of about `limit` of which no two share a key.
+
+    Args:
+        keys: [n, bytes] uint8 of well-mixed hashes.
+        limit: keys of a lot.
+    """
+    lots = min(256, -(-len(keys) // limit))
+    if lots <= 1:
+        yield np.arange(len(keys))
+        return
+    for lot in range(lots):
+        yield np.flatnonzero(keys[:, 0] % lots == lot)
+
+
+def find_exact(keys: np.ndarray, limit: int = PART_KEYS) -> np.ndarray:
     """The first document equal to each one.
 
     Args:
-        keys: void16 or [documents, 16] uint8, from `exact_key`.
+        keys: [documents, 16] uint8, from `exact_key`.
+        limit: keys that are sorted at once.
 
     Returns:
         int64 [documents]: the number of the first document with the same key; its own if it is the first.
     """
-    halves = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal keys stay in document order
-    ordered = halves[order]
-    fresh = np.ones(len(order), bool)
-    fresh[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    leaders = order[np.flatnonzero(fresh)]
-    first = np.empty(len(order), np.int64)
-    first[order] = leaders[np.cumsum(fresh) - 1]
+    first = np.empty(len(keys), np.int64)
+    for places in split_keys(keys, limit):
+        halves = np.ascontiguousarray(keys[places]).view(np.uint64).reshape(-1, 2)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal keys stay in document order
+        ordered = halves[order]
+        fresh = np.ones(len(order), bool)
+        fresh[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+        leaders = order[np.flatnonzero(fresh)]
+        first[places[order]] = places[leaders[np.cumsum(fresh) - 1]]
     return first
 
 
-def find_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
+def find_pairs(keys: np.ndarray, documents: np.ndarray, limit: int = PART_KEYS) -> np.ndarray:
     """Pairs of documents that share a bucket: each with the first in the bucket and with the one before it.
 
     Linking to the first and the one before gives the same clusters as all pairs, in linear space.
@@ -220,62 +248,70 @@ def find_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
     Args:
         keys: uint64 [n] keys of one bucket.
         documents: int64 [n] numbers of the documents, ascending.
+        limit: keys that are sorted at once.
 
     Returns:
-        uint64 [pairs]: the later document's number << 32, plus the earlier one's.
+        uint64 [pairs], ascending: the later document's number << 32, plus the earlier one's.
     """
-    order = np.argsort(keys, kind="stable")
-    same = keys[order][1:] == keys[order][:-1]
-    if not same.any():
-        return np.empty(0, np.uint64)
-    group = np.cumsum(np.concatenate([[True], ~same])) - 1
-    leader = order[np.flatnonzero(np.concatenate([[True], ~same]))][group]
-    at = np.flatnonzero(same) + 1
-    later = documents[order[at]].astype(np.uint64) << np.uint64(32)
-    pairs = [
-        later | documents[leader[at]].astype(np.uint64),
-        later | documents[order[at - 1]].astype(np.uint64),
-    ]
-    return np.unique(np.concatenate(pairs))
+    found = [np.empty(0, np.uint64)]
+    for places in split_keys(keys.view(np.uint8).reshape(-1, 8), limit):
+        order = places[np.argsort(keys[places], kind="stable")]
+        ordered = keys[order]
+        at = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+        if not len(at):
+            continue
+        begins = np.concatenate(
+            [[True], np.diff(at) > 1]
+        )  # of a run of equal keys; its first stands before it
+        leader = (at[begins] - 1)[np.cumsum(begins) - 1]
+        later = documents[order[at]].astype(np.uint64) << np.uint64(32)
+        found += [later | documents[order[other]].astype(np.uint64) for other in (leader, at - 1)]
+    return np.unique(np.concatenate(found))
 
 
-def gather_pairs(
-    read_keys: Callable[[int], np.ndarray], documents: np.ndarray, buckets: int
-) -> tuple[np.ndarray, ...]:
-    """All candidate pairs over the buckets, and in how many buckets each occurs, sorted by the later document.
+def gather_pairs(files: Sequence[Path], documents: int, size: int = RANGE_DOCUMENTS) -> Iterator[Pairs]:
+    """Candidate pairs over all buckets, for a range of later documents at a time.
 
     Args:
-        read_keys: bucket -> uint64 [n] keys of `documents`.
-        documents: int64 [n].
-        buckets: how many there are.
+        files: what `find_pairs` gave for each bucket, as raw numbers.
+        documents: how many there are.
+        size: documents of a range.
+
+    Yields:
+        int64 later and earlier documents, sorted, and in how many buckets each pair occurs.
     """
-    pairs, counts = np.empty(0, np.uint64), np.empty(0, np.int64)
-    for bucket in range(buckets):
-        found = find_pairs(read_keys(bucket), documents)
-        everything = np.concatenate([pairs, found])
-        pairs, inverse = np.unique(everything, return_inverse=True)
-        weights = np.concatenate([counts, np.ones(len(found), np.int64)])
-        counts = np.bincount(inverse, weights, len(pairs)).astype(np.int64)
-    return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(2**32 - 1)).astype(np.int64), counts
+    columns = [np.memmap(file, np.uint64, "r") for file in files if file.stat().st_size]
+    starts = np.arange(0, documents + size, size, dtype=np.uint64) << np.uint64(32)
+    edges = [np.searchsorted(column, starts) for column in columns]
+    for number in range(len(starts) - 1):
+        parts = [column[edge[number] : edge[number + 1]] for column, edge in zip(columns, edges, strict=True)]
+        if any(map(len, parts)):
+            pairs, counts = np.unique(np.concatenate(parts), return_counts=True)
+            later, earlier = pairs >> np.uint64(32), pairs & np.uint64(2**32 - 1)
+            yield later.astype(np.int64), earlier.astype(np.int64), counts
 
 
-def join_pairs(later: np.ndarray, earlier: np.ndarray, documents: int) -> np.ndarray:
+def join_pairs(pairs: Iterator[Pairs], documents: int) -> np.ndarray:
     """Transitive clusters: int64 [documents], the first document of each one's cluster ("published")."""
-    parent = list(range(documents))
+    parent: dict[int, int] = {}
 
     def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = node = parent[parent[node]]
+        while (above := parent.get(node, node)) != node:
+            parent[node] = node = parent.get(above, above)
         return node
 
-    for one, other in zip(later.tolist(), earlier.tolist(), strict=True):
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-    return np.array([root(node) for node in range(documents)], np.int64)
+    for later, earlier, _ in pairs:
+        for one, other in zip(later.tolist(), earlier.tolist(), strict=True):
+            low, high = sorted((root(one), root(other)))
+            parent[high] = low
+    kept = np.arange(documents)
+    for node in parent:
+        kept[node] = root(node)
+    return kept
 
 
 class Shingles:
-    """Shingle sets of documents, read when asked for; the last 1,024 are kept.
+    """Shingle sets of documents, read when asked for; the last are kept, up to a fixed number of shingles.
 
     Args:
         read_text: document number -> text.
@@ -285,6 +321,7 @@ class Shingles:
     def __init__(self, read_text: Callable[[int], str], length: int):
         self.read_text, self.length = read_text, length
         self.kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.size = 0
 
     def get(self, document: int) -> np.ndarray:
         """uint64 sorted, unique."""
@@ -293,8 +330,9 @@ class Shingles:
             return self.kept[document]
         shingles = np.unique(grams(read_units([self.read_text(document)]), self.length)[0])
         self.kept[document] = shingles
-        if len(self.kept) > 1024:
-            self.kept.popitem(last=False)
+        self.size += len(shingles)
+        while self.size > SHINGLES and len(self.kept) > 1:
+            self.size -= len(self.kept.popitem(last=False)[1])
         return shingles
 
     def similarity(self, one: int, other: int) -> float:
@@ -304,13 +342,11 @@ class Shingles:
         return both / max(1, len(left) + len(right) - both)
 
 
-def verify_pairs(
-    pairs: tuple[np.ndarray, ...], documents: int, shingles: Shingles, similarity: float
-) -> np.ndarray:
+def verify_pairs(pairs: Iterator[Pairs], documents: int, shingles: Shingles, similarity: float) -> np.ndarray:
     """Drop each document that is really similar to an earlier one that is kept ("verified").
 
     Args:
-        pairs: later, earlier, counts from `gather_pairs`.
+        pairs: from `gather_pairs`.
         documents: how many there are.
         shingles: to compare by.
         similarity: Jaccard similarity from which the later document repeats the earlier.
@@ -318,26 +354,31 @@ def verify_pairs(
     Returns:
         int64 [documents]: the kept document that each repeats; its own number if it is kept.
     """
-    later, earlier, counts = pairs
     kept = np.arange(documents)
-    edges = np.flatnonzero(np.diff(later)) + 1
-    for chunk in np.split(np.arange(len(later)), edges) if len(later) else ():
-        document = int(later[chunk[0]])
-        likely = chunk[np.argsort(-counts[chunk], kind="stable")]
-        candidates = dict.fromkeys(int(kept[earlier[index]]) for index in likely)
-        for candidate in list(candidates)[:COMPARISONS]:
-            if shingles.similarity(document, candidate) >= similarity:
-                kept[document] = candidate
-                break
+    for later, earlier, counts in pairs:
+        edges = [0, *(np.flatnonzero(np.diff(later)) + 1).tolist(), len(later)]
+        for start, stop in pairwise(edges):
+            document = int(later[start])
+            likely = start + np.argsort(-counts[start:stop], kind="stable")
+            candidates = dict.fromkeys(kept[earlier[likely]].tolist())
+            for candidate in list(candidates)[:COMPARISONS]:
+                if shingles.similarity(document, candidate) >= similarity:
+                    kept[document] = candidate
+                    break
     return kept
+
+
+def open_column(path: Path, dtype: Any) -> np.ndarray:
+    """A file of raw numbers, left on the disk."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 class Shelf:
     """The documents that the first pass left in some folders, by one running number, read from disk when asked for.
 
     A folder holds `documents` (one JSON list per line: id, text, ...), `offsets` (int64, where each line ends),
-    `exact` (16 bytes per document), `has` (1 byte) and `bucket-NN` (8 bytes), and then `repeats` (int64 per document:
-    the number of the document that it repeats, its own if none).
+    `exact` (16 bytes per document), `has` (1 byte) and `bucket-NN` (8 bytes), and then `exact-repeats` and
+    `near-repeats` (int64 per document: the number of the document that it repeats, its own if none).
 
     Args:
         folders: in the order of their documents.
@@ -345,8 +386,12 @@ class Shelf:
 
     def __init__(self, folders: Sequence[Path]):
         self.folders = list(folders)
-        self.ends = [np.fromfile(folder / "offsets", np.int64) for folder in folders]
+        self.ends = [open_column(folder / "offsets", np.int64) for folder in folders]
         self.firsts = np.cumsum([0, *map(len, self.ends)])
+
+    def __reduce__(self) -> tuple[type["Shelf"], tuple[list[Path]]]:
+        """Another process is handed the folders, not what is in them."""
+        return Shelf, (self.folders,)
 
     def read(self, document: int) -> list[Any]:
         """The record of one document."""
@@ -359,7 +404,8 @@ class Shelf:
 
     def column(self, name: str, dtype: type) -> np.ndarray:
         """One file of every folder, joined: [all documents]."""
-        return np.concatenate([np.fromfile(folder / name, dtype) for folder in self.folders])
+        columns = [open_column(folder / name, dtype) for folder in self.folders]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
     def write_column(self, name: str, values: np.ndarray) -> None:
         """Write each folder its share of [all documents]."""
@@ -383,15 +429,18 @@ def find_repeats(shelf: Shelf, exact: bool, scheme: str, length: int, similarity
     if scheme == "none":
         return
     chosen = np.flatnonzero((shelf.column("has", np.uint8) > 0) & (first == np.arange(count)))
-    pairs = gather_pairs(
-        lambda bucket: shelf.column(f"bucket-{bucket:02d}", np.uint64)[chosen], chosen, SCHEMES[scheme][0]
-    )
-    if scheme == "published":
-        kept = join_pairs(pairs[0], pairs[1], count)
-    else:
-        kept = verify_pairs(
-            pairs, count, Shingles(lambda document: shelf.read(document)[1], length), similarity
-        )
+    del first
+    with tempfile.TemporaryDirectory(dir=shelf.folders[0]) as folder:
+        files = [Path(folder) / f"{bucket:02d}" for bucket in range(SCHEMES[scheme][0])]
+        for bucket, file in enumerate(files):
+            keys = shelf.column(f"bucket-{bucket:02d}", np.uint64)[chosen]
+            find_pairs(keys, chosen).tofile(file)
+        pairs = gather_pairs(files, count)
+        if scheme == "published":
+            kept = join_pairs(pairs, count)
+        else:
+            shingles = Shingles(lambda document: shelf.read(document)[1], length)
+            kept = verify_pairs(pairs, count, shingles, similarity)
     shelf.write_column("near-repeats", kept)
 
 

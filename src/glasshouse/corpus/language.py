@@ -159,6 +159,7 @@ def count_sentences(text: str) -> int:
     return len(ends) + bool(rest.strip())
 
 
+@lru_cache(maxsize=1024)
 def normalise_code(language: str) -> str:
     """Two-letter lower-case code of a stated language: "zh-Hans", "zho_Hans", "EN_us" and "eng" become "zh", "en"."""
     code = re.split(r"[-_]", language.strip().lower(), maxsplit=1)[0]
@@ -205,9 +206,12 @@ def identify_language(text: str) -> str:
 
 def identify_script(sample: str) -> str:
     """The language of a script that belongs to one language, where it makes up most letters; else ""."""
+    han, kana = len(SCRIPT["zh"].findall(sample)), len(SCRIPT["ja"].findall(sample))
+    japanese = kana > 0.1 * (han + kana)
+    if 2 * (han + kana * japanese) > len(sample):  # no other script can have more: they need not be counted
+        return "ja" if japanese else "zh"
     counts = {language: len(pattern.findall(sample)) for language, pattern in SCRIPT.items()}
-    han, kana = counts["zh"], counts["ja"]
-    counts["ja"] = kana + han if kana > 0.1 * (han + kana) else 0
+    counts["ja"] = kana + han if japanese else 0
     language = max(counts, key=lambda code: (counts[code], code == "ja"))
     letters = sum(map(str.isalpha, sample))
     # A Han character says about as much as two Latin letters: half as many are enough.
