@@ -111,7 +111,7 @@ def prepare_by_stages(arguments: argparse.Namespace, work: Path) -> None:
     print(f"{spool.bytes / 1e6:.1f} MB left in {spool.documents:,} documents")
 
     def train() -> Tokenizer:
-        share = min(1.0, arguments.sample / spool.bytes)
+        share = min(1.0, arguments.sample / spool.cost)
         texts = sample_texts(divide_by_hash(spool, threshold), share, arguments.sample, 0)
         return train_tokenizer(texts, choose_vocab_size(spool.bytes), exact=False)
 

@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Console
 
 from glasshouse.corpus.clean import clean_documents
-from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
+from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, estimate_bytes, read_documents
 from glasshouse.corpus.personal_data import KINDS, Kind
 from glasshouse.corpus.quality import CleanRules
 from glasshouse.corpus.waterfall import Waterfall
 from glasshouse.errors import InputError
-from glasshouse.files import atomic_folder, recover_folder, write_error, write_json
+from glasshouse.files import atomic_folder, recover_folder, require_free, write_error, write_json
 from glasshouse.run import Run
 from glasshouse.text.packing import TRAIN, VALIDATION
 from glasshouse.text.shards import (
@@ -36,13 +36,20 @@ from glasshouse.text.shards import (
     divide_by_hash,
     pack_documents,
 )  # fmt: skip
-from glasshouse.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, open_tokenizer, train_tokenizer
+from glasshouse.text.tokenizer import (
+    SMALLEST_VOCABULARY,
+    Tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+    training_cost,
+)
 
 LEAST_BYTES = 2000
 LEAST_DOCUMENTS = 20
 CHECKED_CHARACTERS = 2**19
 LARGEST_CHOSEN_VOCABULARY = 65_536
 PLAIN_EVERY = 10.0
+DISK_FACTOR = 2.5  # what is kept between passes, and then the corpus, beside the text
 WORK, SPOOL = ".work", "cleaned.jsonl"
 
 
@@ -54,7 +61,8 @@ class PrepareConfig:
         documents: files, folders and globs of txt, md, html, jsonl, json, csv, tsv, parquet; also .gz, .xz, .zst.
         vocab_size: tokens of the vocabulary; 0 chooses by the amount of text.
         tokenizer: folder of a tokenizer to use instead of training one.
-        tokenizer_sample: most bytes of text that the tokenizer is trained on, drawn at random.
+        tokenizer_sample: most bytes of text that the tokenizer is trained on, drawn at random; of text without spaces
+            (Chinese, Thai), which takes the trainer far more memory, a sixth of that.
         validation_fraction: share of the text held out.
         validation_from: hold out whole "documents", chosen by the hash of their text; or the last part of the text in
             reading order ("end"); "auto" takes the end only where there are fewer than 20 documents.
@@ -104,6 +112,7 @@ def prepare(config: PrepareConfig, run: Run) -> None:
     """
     started = time.perf_counter()
     _check(config)
+    require_free(run.path, int(DISK_FACTOR * estimate_bytes(config.documents, _policy(config))))
     with run.lock(), Progress() as progress:
         recover_folder(run.corpus_path)
         with _work_folder(run) as work:
@@ -229,9 +238,13 @@ def _kinds(names: tuple[str, ...]) -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if kind in names)
 
 
+def _policy(config: PrepareConfig) -> ReadPolicy:
+    return ReadPolicy(text_field=config.text_field, text_unit=config.text_unit, encoding=config.encoding)
+
+
 def _clean(config: PrepareConfig, work: Path, progress: Progress) -> tuple[Spool, dict[str, Any]]:
     counts, waterfall, spool = ReadCounts(), Waterfall(config.seed), Spool(work / SPOOL)
-    policy = ReadPolicy(text_field=config.text_field, text_unit=config.text_unit, encoding=config.encoding)
+    policy = _policy(config)
     rules = CleanRules(
         profile=config.profile,
         skip=config.skip,
@@ -300,13 +313,13 @@ def choose_vocab_size(size: int) -> int:
 
 
 def sample_texts(documents: Iterable[Sided], share: float, limit: int, seed: int) -> Iterator[str]:
-    """Training texts, each drawn with probability `share`, until `limit` bytes are reached."""
+    """Training texts, each drawn with probability `share`, until they cost `limit` (see `training_cost`)."""
     taken = 0
     for side, document in documents:
         drawn = hashlib.sha256(f"{seed}\0{document.id}".encode("utf-8", "replace")).digest()
         if side == TRAIN and int.from_bytes(drawn[:6], "big") < share * 2**48:
             yield document.text
-            taken += len(document.text.encode("utf-8"))
+            taken += training_cost(document.text)
             if taken >= limit:
                 return
 
@@ -315,7 +328,7 @@ def _make_tokenizer(config: PrepareConfig, spool: Spool, division: Division, pro
     if config.tokenizer:
         return open_tokenizer(config.tokenizer)
     limit = config.tokenizer_sample
-    share = min(1.0, limit / spool.bytes)
+    share = min(1.0, limit / spool.cost)
     wanted = config.vocab_size or choose_vocab_size(spool.bytes)
     progress.say(f"training the tokenizer: {wanted:,} tokens")
     texts = sample_texts(division.sides(spool), share, limit, config.seed)
@@ -404,5 +417,5 @@ def _summary(facts: dict[str, Any], report: dict[str, Any], seconds: float) -> s
     return (
         f"{train['tokens']:,} training tokens in {train['documents']:,} documents, {held_out['tokens']:,} held out; "
         f"vocabulary {facts['vocab_size']:,}, {report['bytes_per_token'][VALIDATION]:.2f} bytes per token; "
-        f"{seconds:.1f} s"
+        f"{seconds:.1f} s, {(train['bytes'] + held_out['bytes']) / 1e6 / seconds:.1f} MB/s"
     )

@@ -23,7 +23,7 @@ from glasshouse.corpus.documents import Document
 from glasshouse.errors import InputError
 from glasshouse.files import write_json
 from glasshouse.text.packing import CORPUS_FILE, TRAIN, VALIDATION
-from glasshouse.text.tokenizer import Tokenizer
+from glasshouse.text.tokenizer import Tokenizer, training_cost
 
 SHARD_TOKENS = 2**27
 BATCH_CHARACTERS = 2 * 2**20
@@ -50,7 +50,8 @@ class Packing:
 
 
 class Spool:
-    """Cleaned documents in a file, in order, to be read as often as needed.
+    """Cleaned documents in a file, in order, to be read as often as needed; knows their number, bytes and what they
+    would cost a tokenizer's training.
 
     Args:
         path: the file.
@@ -58,7 +59,7 @@ class Spool:
 
     def __init__(self, path: Path):
         self._path = path
-        self.documents = self.bytes = 0
+        self.documents = self.bytes = self.cost = 0
 
     def fill(self, documents: Iterable[Document]) -> None:
         """Write documents that have any text."""
@@ -71,6 +72,7 @@ class Spool:
                 file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
                 self.documents += 1
                 self.bytes += len(text.encode("utf-8", "replace"))
+                self.cost += training_cost(text)
 
     def __iter__(self) -> Iterator[Document]:
         with open(self._path, "rb") as file:
@@ -167,6 +169,7 @@ class CorpusWriter:
             name: {"shards": [], "tokens": 0, "documents": 0, "bytes": 0} for name in (TRAIN, VALIDATION)
         }
         self._files: dict[str, list[Any]] = {}
+        self._waiting: dict[str, list[list[bytes]]] = {side: [[], [], [], []] for side in self._splits}
         self._open: dict[str, ExitStack] = {}
         self._counts = {name: Counter[str]() for name in ("licences", "sources")}
         self._measured: dict[tuple[str, str], dict[str, int]] = {}
@@ -175,18 +178,25 @@ class CorpusWriter:
         """Append documents, each with its side and its ids without the end-of-document token."""
         for side, document, ids in documents:
             self._add(side, document, ids)
+        for side in self._waiting:
+            self._write(side)
+
+    def _write(self, side: str) -> None:
+        """Write what waits: one write per file for many short documents."""
+        for file, parts in zip(self._files.get(side, ()), self._waiting[side], strict=False):
+            file.write(b"".join(parts))
+            parts.clear()
 
     def _add(self, side: str, document: Document, ids: np.ndarray) -> None:
         listed = self._splits[side]
         if not listed["shards"] or listed["shards"][-1]["tokens"] >= self._shard_tokens:
             self._next_shard(side)
-        shard, (tokens, borders, texts, lines) = listed["shards"][-1], self._files[side]
+        shard, (tokens, borders, texts, lines) = listed["shards"][-1], self._waiting[side]
         text = document.text.encode("utf-8")
-        tokens.write(ids.astype(self._dtype).tobytes())
-        tokens.write(self._end)
-        borders.write(struct.pack("<qq", shard["tokens"], len(text)))
-        texts.write(text)
-        lines.write(_metadata_line(document))
+        tokens += (ids.astype(self._dtype).tobytes(), self._end)
+        borders.append(struct.pack("<qq", shard["tokens"], len(text)))
+        texts.append(text)
+        lines.append(_metadata_line(document))
         language = document.language or UNKNOWN
         counted = self._measured.setdefault((side, language), {"documents": 0, "bytes": 0, "tokens": 0})
         for place in (shard, listed, counted):
@@ -214,6 +224,7 @@ class CorpusWriter:
 
     def _close(self, split: str) -> None:
         if split in self._open:
+            self._write(split)
             self._open.pop(split).close()
 
     def finish(self) -> dict[str, Any]:
