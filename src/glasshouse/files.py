@@ -113,6 +113,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         write_manifest(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes its files for the owner only
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         _flush_folder(temporary)

@@ -1,21 +1,23 @@
 """What a recipe will need, in words, before anything runs: the verb `plan`.
 
-The model's real shape is timed for a few steps on this machine; nothing is written. Where the corpus is not prepared
+The model's real shape is timed for a few steps on this machine, or, for GPUs that are not here, worked out from their data sheet; nothing is
+written. Where the corpus is not prepared
 yet, its size is estimated from the files. Knows what is asked for and how to say it; `plan.py` does the arithmetic.
 """
 
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from glasshouse.corpus.documents import ReadCounts, ReadPolicy, read_documents
-from glasshouse.device import open_device
+from glasshouse.device import Device, open_device
 from glasshouse.errors import InputError
 from glasshouse.text.packing import open_corpus
 from glasshouse.text.prepare import PrepareConfig, choose_vocab_size
-from glasshouse.training.plan import Prediction, Shape, ShapeRequest, plan_shape, predict
+from glasshouse.training.plan import Plan, Prediction, ShapeRequest, power, predict, settle
 from glasshouse.training.pretrain import PretrainConfig, chosen_optimization
 from glasshouse.training.progress import clock
 
@@ -37,7 +39,10 @@ def print_forecast(config: PretrainConfig, preparation: PrepareConfig | None, gp
     Raises:
         InputError: the settings, the text or the machine do not allow it.
     """
-    device = open_device("cuda" if gpus else config.device, config.dtype, config.seed, config.threads)
+    if gpus and not torch.cuda.is_available():
+        device = Device("cuda", "bfloat16", config.seed, config.threads)
+    else:
+        device = open_device("cuda" if gpus else config.device, config.dtype, config.seed, config.threads)
     if preparation is None:
         corpus = open_corpus(
             config.corpus / "corpus" if (config.corpus / "corpus").is_dir() else config.corpus
@@ -49,10 +54,10 @@ def print_forecast(config: PretrainConfig, preparation: PrepareConfig | None, gp
     device = replace(device, world_size=max(1, gpus))
     optimization = chosen_optimization(config)
     request = ShapeRequest(**{item.name: getattr(config, item.name) for item in fields(ShapeRequest)})
-    shape, seconds, compiled = plan_shape(request, optimization, device, vocab_size, tokens)
-    prediction = predict(shape, optimization, device, seconds)
+    plan = settle(request, optimization, device, vocab_size, tokens)
+    prediction = predict(plan, optimization, device)
     table = Table.grid(padding=(0, 3))
-    for name, value in _rows(shape, prediction, tokens, known, compiled).items():
+    for name, value in _rows(plan, prediction, tokens, known, power(device)).items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
 
@@ -83,17 +88,17 @@ def _file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _rows(shape: Shape, prediction: Prediction, tokens: int, known: str, compiled: bool) -> dict[str, str]:
-    model = shape.model
+def _rows(plan: Plan, prediction: Prediction, tokens: int, known: str, watts: float) -> dict[str, str]:
+    shape, model = plan.shape, plan.shape.model
     return {
         "model": f"{prediction.parameters / 1e6:,.1f} M: {model.num_layers} layers of width {model.embedding_dim}, "
         f"{model.num_heads} heads, vocabulary {model.vocab_size:,}",
         "corpus": f"{tokens:,} tokens ({known})",
         "training": f"{shape.steps:,} steps of {shape.rows * shape.context:,} tokens: "
-        f"{shape.tokens / tokens:.1f} passes over the corpus{', compiled' if compiled else ''}",
+        f"{shape.tokens / tokens:.1f} passes over the corpus{', compiled' if plan.compiled else ''}",
         "time": clock(prediction.seconds),
         "memory": f"{prediction.memory / 1e9:.2f} GB, beside what Python and PyTorch hold themselves",
         "compute": f"{prediction.flops:.2e} floating-point operations",
-        "energy": f"{prediction.joules / 3600:.1f} Wh",
+        "energy": f"{prediction.joules / 3600:.1f} Wh at {watts:,.0f} W, assumed",
         "found by": prediction.method,
     }

@@ -7,6 +7,7 @@ counted: weights, gradients, optimizer state, and what each layer keeps for its 
 import math
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,8 +27,12 @@ WATTS_PER_CORE = 9.0
 GPU_WATTS = 500.0
 """Power that a busy data-centre GPU is taken to draw where the machine has no meter."""
 
-GPU_UTILIZATION = 0.45
-"""Share of its matrix rate that a GPU is taken to reach before anything was measured on it."""
+GPU_RATE, GPU_UTILIZATION = 989e12, 0.45
+"""Dense bfloat16 rate of an H100 by its data sheet, and the share of it that training is taken to reach: used only to
+plan for GPUs that are not here."""
+
+MEASURING = 6.0
+"""Seconds after which no further pass is timed."""
 
 
 MICRO_TOKENS_CPU, MICRO_TOKENS_GPU = 8192, 65536
@@ -36,7 +41,10 @@ MICRO_TOKENS_CPU, MICRO_TOKENS_GPU = 8192, 65536
 TRAINING_SHARE = 0.93
 """Share of `minutes` that goes to training steps; the rest to validation and saving."""
 
-COMPILE_AFTER = 480.0
+WORKSPACE = 110 * 10**6
+"""Bytes that PyTorch's kernels and autograd take beside the tensors of a step."""
+
+COMPILE_AFTER = 300.0
 """Seconds of training above which layers are compiled."""
 
 
@@ -111,7 +119,7 @@ class Prediction:
         memory: most bytes held.
         seconds: wall-clock time of the training steps.
         joules: energy.
-        method: how the time and the energy were found.
+        method: how the time was found; the energy is the time at an assumed power.
     """
 
     parameters: int
@@ -153,6 +161,23 @@ class ShapeRequest:
     layout: str = "llama"
     dropout: float = 0.0
     compile: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and how long a step of it takes.
+
+    Args:
+        shape: model, rows and steps.
+        step_seconds: seconds of an optimizer step.
+        method: how they were found.
+        compiled: whether layers are compiled.
+    """
+
+    shape: Shape
+    step_seconds: float
+    method: str
+    compiled: bool
 
 
 def size_of(name: str) -> Size:
@@ -224,42 +249,51 @@ def decoder_shape(size: Size, vocab_size: int, layout: str = "llama", dropout: f
     )  # fmt: skip
 
 
-def plan_shape(
+def settle(
     request: ShapeRequest,
     optimization: OptimizationConfig,
     device: Device,
     vocab_size: int,
     corpus_tokens: int,
-) -> tuple[Shape, float | None, bool]:
-    """Settle what is trained: (shape, measured seconds of a step, whether layers are compiled).
+) -> Plan:
+    """Settle what is trained, and for how long.
 
     The steps come from `steps`, `epochs` or `minutes`; without any of them, 20 tokens per weight (Hoffmann et al.
     2022, arXiv:2203.15556) but at most 8 passes over the corpus.
+
+    Raises:
+        InputError: the request contradicts itself or cannot be met.
     """
     if sum(value is not None for value in (request.minutes, request.epochs, request.steps)) > 1:
         raise InputError(
             "minutes, epochs and steps are three ways to say one thing", "--steps", "give one of them"
         )
+    if request.compile not in ("auto", "on", "off"):
+        raise InputError(f"unknown compile {request.compile!r}", "--compile", "use auto, on or off")
     size = requested_size(request)
     model = decoder_shape(size, vocab_size, request.layout, request.dropout)
     rows = size.batch_tokens // size.context
     most = max(1, (MICRO_TOKENS_GPU if device.kind == "cuda" else MICRO_TOKENS_CPU) // size.context)
     shape = Shape(model, rows, min(request.micro_rows or most, rows), size.context, 1)
     compiled = request.compile == "on"
-    step_seconds = measure_step(shape, optimization, device, compiled)
-    if request.steps is not None:
-        steps = request.steps
-    elif request.minutes is not None:
-        steps = int(request.minutes * 60 * TRAINING_SHARE / step_seconds)
-    else:
-        most_tokens = 8 * corpus_tokens if request.epochs is None else request.epochs * corpus_tokens
-        wanted = most_tokens if request.epochs is not None else min(most_tokens, 20 * parameter_count(model))
-        steps = int(wanted / (rows * size.context))
-    shape = replace(shape, steps=max(1, steps))
-    if request.compile == "auto" and compiling_pays(step_seconds * shape.steps, device):
+    seconds, method = step_time(shape, optimization, device, compiled)
+    steps = _steps(request, shape, seconds, corpus_tokens)
+    if request.compile == "auto" and compiling_pays(seconds * steps, device):
         compiled = True
-        step_seconds = measure_step(shape, optimization, device, compiled)
-    return shape, step_seconds, compiled
+        seconds, method = step_time(shape, optimization, device, compiled)
+        steps = _steps(request, shape, seconds, corpus_tokens)
+    return Plan(replace(shape, steps=steps), seconds, method, compiled)
+
+
+def _steps(request: ShapeRequest, shape: Shape, step_seconds: float, corpus_tokens: int) -> int:
+    if request.steps is not None:
+        return request.steps
+    if request.minutes is not None:
+        return max(1, int(request.minutes * 60 * TRAINING_SHARE / step_seconds))
+    tokens = min(8.0 * corpus_tokens, 20.0 * parameter_count(shape.model))
+    if request.epochs is not None:
+        tokens = request.epochs * corpus_tokens
+    return max(1, int(tokens / (shape.rows * shape.context)))
 
 
 def compiling_pays(seconds: float, device: Device) -> bool:
@@ -313,22 +347,25 @@ def model_memory(config: DecoderConfig, optimization: OptimizationConfig, dtype:
     return total
 
 
-def activation_memory(config: DecoderConfig, rows: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes that one micro-batch keeps for its backward pass, and the scores of the loss, at their peak.
+def activation_memory(
+    config: DecoderConfig, rows: int, context: int, dtype: torch.dtype, compiled: bool = False
+) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, the scores of the loss, and PyTorch's own workspace.
 
     Per token and layer, in numbers of the compute format: the stream and its normed copy before each of the two
-    halves, queries, keys and values before and after rotation, what attention read, four copies of the width inside
-    the feed-forward network, and two of the scores of every head.
+    halves, queries, keys and values before and after rotation, what attention read, five copies of the width inside
+    the feed-forward network, and two of the scores of every head; in bfloat16 the norms keep float32 copies besides.
+    Compiled layers keep three quarters of that. Checked against measured peaks in the tests.
     """
     size = 4 if dtype == torch.float32 else 2
     width, inner = config.embedding_dim, config.feed_forward_dim
     queries, keys = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     normed = 3 * (queries + keys) if config.query_key_norm else 0
-    per_token = 8 * width + 5 * queries + 5 * keys + normed + (5 if config.gated else 3) * inner
-    per_token += 2 * config.num_heads * context
-    layers = config.num_layers * rows * context * per_token * size
+    per_token = (8 if dtype == torch.float32 else 13) * width + 5 * queries + 5 * keys + normed
+    per_token += (5 if config.gated else 3) * inner + 2 * config.num_heads * context
+    layers = config.num_layers * rows * context * per_token * size * (0.75 if compiled else 1.0)
     chunk = min(CHUNK_SCORES, rows * context * config.vocab_size)
-    return layers + chunk * (4 + 2 * size) + 3 * rows * context * width * size
+    return int(layers) + chunk * (8 + 2 * size) + 3 * rows * context * width * size + WORKSPACE
 
 
 def process_memory() -> int:
@@ -345,8 +382,22 @@ def peak_memory(device: Device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def step_time(
+    shape: Shape, optimization: OptimizationConfig, device: Device, compiled: bool
+) -> tuple[float, str]:
+    """Seconds of an optimizer step, and how they were found: timed here, or estimated for a GPU that is not here."""
+    if device.kind != "cuda" or torch.cuda.is_available():
+        return measure_step(shape, optimization, device, compiled), "steps timed on this machine"
+    flops = flops_per_token(shape.model, shape.context) * shape.rows * shape.context
+    method = f"{GPU_UTILIZATION:.0%} of an H100's {GPU_RATE / 1e12:.0f} TFLOP/s, not measured"
+    return flops / (GPU_RATE * GPU_UTILIZATION * device.world_size), method
+
+
 def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device, compiled: bool) -> float:
-    """Seconds that one optimizer step of this shape takes: timed on random tokens with a throw-away model."""
+    """Seconds of an optimizer step, timed on random tokens with a throw-away model.
+
+    One pass at least and three at most, as long as they take less than `MEASURING` seconds together.
+    """
     model = Decoder(shape.model)
     initialize(model, 0)
     model = model.to(device.torch_device, device.compute_dtype)
@@ -358,7 +409,6 @@ def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device,
     )
     positions = torch.arange(shape.context, device=tokens.device).expand_as(tokens)
     batch = TokenBatch(tokens, tokens, positions, torch.zeros_like(tokens))
-    micro_batches = max(1, shape.rows // shape.micro_rows // device.world_size)
 
     def backward() -> None:
         loss, _ = next_token(model, batch)
@@ -367,9 +417,12 @@ def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device,
 
     backward()
     optimizer.step(0.0, 1.0)
-    passes = [_timed(backward, device) for _ in range(3)]
+    passes = [_timed(backward, device)]
+    while len(passes) < 3 and sum(passes) < MEASURING:
+        passes.append(_timed(backward, device))
     update = _timed(lambda: optimizer.step(0.0, 1.0), device)
-    return micro_batches * sorted(passes)[1] + update
+    share = -(-shape.rows // device.world_size)
+    return -(-share // shape.micro_rows) * statistics.median(passes) + update
 
 
 def _timed(action: Callable[[], object], device: Device) -> float:
@@ -390,33 +443,19 @@ def compile_layers(model: Decoder) -> None:
         layer.compile()
 
 
-def predict(
-    shape: Shape, optimization: OptimizationConfig, device: Device, step_seconds: float | None
-) -> Prediction:
-    """What a run of this shape will need.
-
-    Args:
-        shape: what is trained.
-        optimization: how.
-        device: where.
-        step_seconds: measured time of a step; None to take a GPU's usual share of its measured matrix rate.
-    """
-    flops = flops_per_token(shape.model, shape.context) * shape.tokens
-    memory = model_memory(shape.model, optimization, device.compute_dtype)
-    memory += activation_memory(shape.model, shape.micro_rows, shape.context, device.compute_dtype)
-    if step_seconds is None:
-        seconds = flops / (matmul_rate(device) * GPU_UTILIZATION * device.world_size)
-        method = f"{GPU_UTILIZATION:.0%} of the measured matrix rate"
-    else:
-        seconds, method = step_seconds * shape.steps, "three steps timed on this machine"
-    watts = power(device)
+def predict(plan: Plan, optimization: OptimizationConfig, device: Device) -> Prediction:
+    """What a run will need: its work, its memory, and the time and energy at the speed of its plan."""
+    shape, dtype = plan.shape, device.compute_dtype
+    memory = model_memory(shape.model, optimization, dtype)
+    memory += activation_memory(shape.model, shape.micro_rows, shape.context, dtype, plan.compiled)
+    seconds, watts = plan.step_seconds * shape.steps, power(device)
     return Prediction(
         parameter_count(shape.model),
-        flops,
+        flops_per_token(shape.model, shape.context) * shape.tokens,
         memory,
         seconds,
         seconds * watts,
-        f"{method}; {watts:.0f} W assumed",
+        plan.method,
     )
 
 

@@ -33,15 +33,18 @@ from glasshouse.training.plan import (
     matmul_rate,
     model_memory,
     peak_memory,
-    plan_shape,
     power,
     predict,
     process_memory,
     requested_size,
+    settle,
     size_of,
 )  # fmt: skip
-from glasshouse.training.progress import Progress, SpikeDetector, clock
+from glasshouse.training.progress import Progress, Scalars, SpikeDetector, clock
 from glasshouse.training.validation import micro_batches, sample_text, validate
+
+SAMPLE_EVERY = 4
+"""Validations between two samples."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ class Training:
     progress: Progress
     stop: StopSignal
     matmul_rate: float
+    scalars: Scalars
     history: History = field(default_factory=History)
 
     @property
@@ -198,10 +202,10 @@ def pretrain(config: PretrainConfig, run: Run) -> None:
             compile_layers(model)
         optimizer = MasterOptimizer(model, optimization, masters)
         del masters
-        history = _resume(run, optimizer)
+        history = _resume(run, optimizer, device.rank == 0)
         with Progress(shape.steps, history.step, quiet=device.rank > 0) as progress:
             training = Training(config, run, device, corpus, tokenizer, shape, model, optimizer, progress, stop,
-                                matmul_rate(device), history)  # fmt: skip
+                                matmul_rate(device), Scalars(run.path, device.rank > 0), history)  # fmt: skip
             _announce(training, predicted)
             finished = _train(training)
             _close(training, predicted, finished)
@@ -226,42 +230,50 @@ def chosen_optimization(config: PretrainConfig) -> OptimizationConfig:
 def _settle(
     config: PretrainConfig, run: Run, device: Device, corpus: Corpus, optimization: OptimizationConfig
 ) -> tuple[Shape, bool, Prediction]:
-    """The shape of the run and what it is predicted to need: measured once, then read back from run.json, so that a
-    resumed run makes the same steps in the same way."""
-    facts = run.read()
+    """The shape of the run and what it is predicted to need: measured once, by one process, and read from run.json by
+    all, so that every process and every resumed run makes the same steps in the same way."""
     digest = sha256_file(_corpus_folder(config.corpus) / "manifest.json")
-    if "shape" in facts:
-        if facts["corpus_digest"] != digest:
-            raise InputError(
-                "the corpus is not the one this run was started on", str(config.corpus), "start a new run"
-            )
-        known = facts["shape"]
-        shape = Shape(**{**known, "model": DecoderConfig(**known["model"])})
-        return shape, facts["compiled"], Prediction(**facts["predicted"])
+    if device.rank == 0 and "shape" not in run.read():
+        _measure(config, run, device, corpus, optimization)
+        run.update(corpus_digest=digest)
+    wait_for_all()
+    facts = run.read()
+    if facts["corpus_digest"] != digest:
+        raise InputError(
+            "the corpus is not the one this run was started on", str(config.corpus), "start a new run"
+        )
+    known = facts["shape"]
+    shape = Shape(**{**known, "model": DecoderConfig(**known["model"])})
+    return shape, facts["compiled"], Prediction(**facts["predicted"])
+
+
+def _measure(
+    config: PretrainConfig, run: Run, device: Device, corpus: Corpus, optimization: OptimizationConfig
+) -> None:
+    """Settle the shape, time its steps and write what is predicted into run.json."""
     request = ShapeRequest(**{item.name: getattr(config, item.name) for item in fields(ShapeRequest)})
     train, context = corpus.split("train"), requested_size(request).context
     if min(train.tokens, corpus.split("validation").tokens) <= context:
         raise InputError(f"the corpus is too small for one row of {context} tokens", str(config.corpus),
                          "prepare more text, or give a smaller --context")  # fmt: skip
-    shape, seconds, compiled = plan_shape(request, optimization, device, corpus.vocab_size, train.tokens)
-    predicted = predict(shape, optimization, device, seconds)
-    require_free(run.path, 3 * model_memory(shape.model, optimization, device.compute_dtype))
-    wait_for_all()
-    if device.rank == 0:
-        run.update(shape=asdict(shape), compiled=compiled, predicted=asdict(predicted), corpus_digest=digest,
-                   device=asdict(device), seed=config.seed, optimization=asdict(optimization),
-                   matmul_rate=matmul_rate(device))  # fmt: skip
-    return shape, compiled, predicted
+    # what Python, PyTorch and the corpus hold beside the training itself
+    baseline = 0 if device.kind == "cuda" else process_memory()
+    plan = settle(request, optimization, device, corpus.vocab_size, train.tokens)
+    require_free(run.path, 3 * model_memory(plan.shape.model, optimization, device.compute_dtype))
+    run.update(shape=asdict(plan.shape), compiled=plan.compiled, predicted=asdict(predict(plan, optimization, device)),
+               device=asdict(device), seed=config.seed, optimization=asdict(optimization),
+               matmul_rate=matmul_rate(device), baseline_memory=baseline)  # fmt: skip
 
 
-def _resume(run: Run, optimizer: MasterOptimizer) -> History:
+def _resume(run: Run, optimizer: MasterOptimizer, is_first: bool) -> History:
     if not saved_states(run.state_path):
         return History()
     tensors, facts, passed_over = load_state(run.state_path)
-    for line in passed_over:
+    for line in passed_over if is_first else []:
         print(line)
     optimizer.load(tensors)
-    run.keep_metrics(facts["step"])
+    if is_first:
+        run.keep_metrics(facts["step"])
     known = {item.name for item in fields(History)}
     history = History(**{key: value for key, value in facts.items() if key in known})
     history.best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
@@ -277,26 +289,10 @@ def _announce(training: Training, predicted: Prediction) -> None:
         f"on {training.device.kind}, {training.device.dtype}, {training.device.threads} threads; best matrix rate {training.matmul_rate / 1e9:,.0f} GFLOP/s"
     )
     say(
-        f"predicted: {clock(predicted.seconds)}, {predicted.memory / 1e9 + _baseline(training) / 1e9:.2f} GB, {predicted.joules / 3600:.1f} Wh ({predicted.method})"
+        f"predicted: {clock(predicted.seconds)}, {(predicted.memory + training.run.read()['baseline_memory']) / 1e9:.2f} GB, {predicted.joules / 3600:.1f} Wh ({predicted.method})"
     )
     if history.step:
         say(f"resumed after step {history.step}")
-
-
-def _baseline(training: Training) -> int:
-    """Memory this process holds for other things than training: Python, PyTorch, the corpus pages."""
-    recorded = training.run.read().get("baseline_memory")
-    if recorded is None:
-        weights = sum(p.nbytes for p in training.model.parameters())
-        weights += sum(
-            m.nbytes
-            for n, m in training.optimizer.masters.items()
-            if m is not training.optimizer.parameters[n]
-        )
-        recorded = 0 if training.device.kind == "cuda" else max(0, process_memory() - weights)
-        if training.is_first:
-            training.run.update(baseline_memory=recorded)
-    return recorded
 
 
 def _train(training: Training) -> bool:
@@ -304,7 +300,7 @@ def _train(training: Training) -> bool:
     config, shape, history = training.config, training.shape, training.history
     batches = micro_batches(training.corpus.split("train"), shape, training.device, config.isolate_documents)
     schedule = Schedule(history.step, shape.steps, config.seed)
-    validate_every = max(1, shape.steps // max(1, config.validations))
+    validate_every = validation_steps(config, shape)
     spikes, saved = SpikeDetector(), time.perf_counter()
     for step in train_steps(training.model, next_token, batches, training.optimizer, schedule, training.stop):
         history.step, history.seconds = step.number + 1, history.seconds + step.seconds
@@ -353,6 +349,7 @@ def _record(training: Training, step: Step, spikes: SpikeDetector) -> None:
     record |= {"utilization": utilization, "memory": process_memory()}
     if training.is_first:
         training.run.log(record)
+        training.scalars.add(record)
     smoothed = history.smoothed if history.smoothed is not None else math.nan
     training.progress.show(
         history.step, smoothed, training.bits_per_byte(smoothed), rate, utilization, record["memory"]
@@ -372,35 +369,37 @@ def _validate(training: Training) -> bool:
     better = loss < history.best_loss
     history.waited = 0 if better else history.waited + 1
     if training.is_first:
-        bits = training.bits_per_byte(loss, "validation")
-        gap = loss - history.smoothed if history.smoothed is not None else None
-        sample = (
-            sample_text(training.model, training.tokenizer, config.sample_prompt, config.seed)
-            if config.sample_prompt
-            else None
-        )
-        training.run.log(
-            {
-                "step": history.step,
-                "validation_loss": loss,
-                "validation_bits_per_byte": bits,
-                "gap": gap,
-                "sample": sample,
-            }
-        )
-        note = (
-            ""
-            if better
-            else f", best was {training.bits_per_byte(history.best_loss, 'validation'):.3f} at step {history.best_step}"
-        )
-        training.progress.say(f"step {history.step}: validation {bits:.3f} bits/byte{note}")
-        if sample is not None:
-            training.progress.say(f"  {config.sample_prompt!r} -> {sample.strip()!r}")
+        _record_validation(training, loss)
         if better:
             save_artifact(training.run.model_path, training.model, training.tokenizer)
     if better:
         history.best_loss, history.best_step = loss, history.step
     return True
+
+
+def _record_validation(training: Training, loss: float) -> None:
+    """Log and print a validation loss, and every so often a sample."""
+    config, history, say = training.config, training.history, training.progress.say
+    bits, best = (training.bits_per_byte(nats, "validation") for nats in (loss, history.best_loss))
+    record: dict[str, Any] = {"step": history.step, "validation_loss": loss, "validation_bits_per_byte": bits}
+    if history.smoothed is not None:
+        record["gap"] = loss - history.smoothed
+    say(f"step {history.step}: validation {bits:.3f} bits/byte"
+        + ("" if loss < history.best_loss else f", best was {best:.3f} at step {history.best_step}"))  # fmt: skip
+    every = validation_steps(config, training.shape)
+    if config.sample_prompt and (
+        history.step // every % SAMPLE_EVERY == 1 or history.step == training.shape.steps
+    ):
+        sample = sample_text(training.model, training.tokenizer, config.sample_prompt, config.seed)
+        record["sample"] = config.sample_prompt + sample
+        say(f"  {config.sample_prompt!r} -> {sample.strip()!r}")
+    training.run.log(record)
+    training.scalars.add(record)
+
+
+def validation_steps(config: PretrainConfig, shape: Shape) -> int:
+    """Steps between two validations."""
+    return max(1, shape.steps // max(1, config.validations))
 
 
 def _save(training: Training) -> None:
@@ -425,12 +424,12 @@ def _close(training: Training, predicted: Prediction, finished: bool) -> None:
         return
     memory = max(history.peak_memory, peak_memory(training.device))
     joules = history.seconds * power(training.device)
-    expected = predicted.memory + (run.read().get("baseline_memory") or 0)
+    expected = predicted.memory + run.read()["baseline_memory"]
     say(f"measured:  {clock(history.seconds)}, {memory / 1e9:.2f} GB, {joules / 3600:.1f} Wh "
         f"(predicted {clock(predicted.seconds)}, {expected / 1e9:.2f} GB)")  # fmt: skip
     run.finish(
         parameters=predicted.parameters, steps=history.step, tokens=history.step * training.shape.rows * training.shape.context,
-        seconds=history.seconds, memory=memory, predicted_memory=expected, energy=joules, energy_method=predicted.method,
+        seconds=history.seconds, memory=memory, predicted_memory=expected, energy=joules, energy_method=f"measured time at {power(training.device):.0f} W, assumed",
         best={"step": history.best_step, "validation_bits_per_byte": training.bits_per_byte(history.best_loss, "validation")},
         flops=flops_per_token(training.shape.model, training.shape.context) * training.shape.rows * training.shape.context * history.step,
     )  # fmt: skip

@@ -1,10 +1,13 @@
 """What a person sees while a model trains: one live line at a terminal, plain lines in a log. Decides nothing."""
 
+import importlib.util
 import math
 import statistics
 import time
 from collections import deque
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -81,6 +84,32 @@ def clock(seconds: float) -> str:
     return (
         f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     )
+
+
+class Scalars:
+    """The logged numbers in TensorBoard's format, under RUN/tensorboard, where TensorBoard is installed.
+
+    Args:
+        folder: the run folder.
+        quiet: write nothing (every process but the first).
+    """
+
+    def __init__(self, folder: Path, quiet: bool = False):
+        self.writer = None
+        if quiet or importlib.util.find_spec("tensorboard") is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add the numbers of one line of metrics.jsonl."""
+        if self.writer is None:
+            return
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()
 
 
 class SpikeDetector:
