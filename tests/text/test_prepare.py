@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glasshouse import files
 from glasshouse.config import parse_config
+from glasshouse.corpus.documents import Document
 from glasshouse.errors import InputError
 from glasshouse.run import Run, create_run
 from glasshouse.text.packing import TRAIN, VALIDATION, open_corpus
 from glasshouse.text.prepare import PrepareConfig, bytes_per_token, choose_vocab_size, prepare, sample_texts
-from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
+from glasshouse.text.tokenizer import Tokenizer, open_tokenizer, training_cost
 
 WORDS = [
     "the",
@@ -227,6 +229,39 @@ def test_too_little_text(tmp_path: Path):
     (tmp_path / "short.txt").write_text("Only this.\n")
     with pytest.raises(InputError, match=r"too little text: .* left after cleaning"):
         make(tmp_path, "run", documents=(str(tmp_path / "short.txt"),))
+
+
+def test_tasks_of_a_cluster_give_the_same_corpus(tmp_path: Path):
+    """datatrove's local executor, two tasks over three files: the digest of the corpus, reading report included."""
+    pytest.importorskip("datatrove")
+    paths = [write_documents(tmp_path / f"part{number}.jsonl", 60, number) for number in range(3)]
+    paths[2].write_text(
+        paths[2].read_text("utf-8") + paths[0].read_text("utf-8")[:3000] + '{"text": ""}\n{"te'
+    )
+    settings = {"documents": tuple(map(str, paths)), "near_duplicates": "verified", "language": "sw"}
+    plain = make(tmp_path, "plain", **settings)
+    spread = make(tmp_path, "spread", **{**settings, "workers": 2}, executor="local", tasks=2)
+    assert plain.read()["digest"] == spread.read()["digest"]
+    report = json.loads((spread.corpus_path / "waterfall.json").read_text("utf-8"))
+    assert report["documents_out"] < report["documents_in"]
+    assert report["read"]["dropped_rows"]
+
+
+def test_too_little_disk_is_said_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "free_bytes", lambda path: 2 * source.stat().st_size)
+    with pytest.raises(InputError, match="not enough disk"):
+        make(tmp_path, "run", documents=(str(source),))
+    monkeypatch.setattr(files, "free_bytes", lambda path: 3 * source.stat().st_size)
+    make(tmp_path, "enough", documents=(str(source),))
+
+
+def test_text_without_spaces_costs_more():
+    english, chinese = "The cat runs over the old house. " * 20, "天气很好，小猫在老房子旁边跑来跑去。" * 20
+    assert training_cost(english) == len(english)
+    assert training_cost(chinese) == 6 * len(chinese.encode())
+    documents = [(TRAIN, Document(str(n), chinese, "", "", "", {})) for n in range(100)]
+    taken = sum(len(text.encode()) for text in sample_texts(documents, 1.0, 60_000, 0))
+    assert 10_000 <= taken < 10_000 + len(chinese.encode())
 
 
 def test_settings_come_from_the_command_line(tmp_path: Path, source: Path):

@@ -11,6 +11,7 @@ module is the one that needs datatrove, and knows nothing of how its jobs are sc
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -19,11 +20,12 @@ from typing import Any, Literal
 
 from glasshouse.corpus.clean import mark_repeats, release_documents
 from glasshouse.corpus.deduplicate import Shelf
-from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
+from glasshouse.corpus.documents import EXAMPLES, Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.corpus.quality import CleanRules, check_rules, list_rules
 from glasshouse.corpus.screening import screen_documents
 from glasshouse.corpus.waterfall import Tally, Waterfall
 from glasshouse.errors import InputError
+from glasshouse.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Cleaning:
         policy: how to read.
         work: a folder that all machines see.
         seed: of the choice of examples.
+        language: of documents that do not state theirs; empty to identify it.
     """
 
     paths: tuple[str, ...]
@@ -68,6 +71,7 @@ class Cleaning:
     policy: ReadPolicy
     work: str
     seed: int = 0
+    language: str = ""
 
     def part(self, number: int) -> Path:
         """The folder of one path."""
@@ -102,8 +106,11 @@ class ScreenStep:
         """Write this task's parts."""
         for number in range(rank, len(self.cleaning.paths), world_size):
             part = self.cleaning.part(number)
-            documents = read_documents([self.cleaning.paths[number]], self.cleaning.policy, ReadCounts())
-            tallies = list(screen_documents(documents, self.cleaning.rules, part, self.cleaning.seed))
+            counts, language = ReadCounts(), self.cleaning.language
+            documents = read_documents([self.cleaning.paths[number]], self.cleaning.policy, counts)
+            stated = (replace(one, language=one.language or language) for one in documents)
+            tallies = list(screen_documents(stated, self.cleaning.rules, part, self.cleaning.seed))
+            write_json(part / "read.json", counts.as_report())
             write_tallies(part / "screened.jsonl", tallies)
 
 
@@ -208,6 +215,24 @@ def collect_documents(cleaning: Cleaning, waterfall: Waterfall) -> Iterator[Docu
         with (part / "cleaned.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 yield Document(*json.loads(line))
+
+
+def collect_counts(cleaning: Cleaning) -> dict[str, Any]:
+    """What was read, over all parts, as `ReadCounts.as_report` would give it; after every task is done."""
+    total = ReadCounts().as_report()
+    for number in range(len(cleaning.paths)):
+        for name, value in read_json(cleaning.part(number) / "read.json").items():
+            if name == "examples":
+                for reason, places in value.items():
+                    total[name][reason] = (total[name].get(reason, []) + places)[:EXAMPLES]
+            elif isinstance(value, dict):
+                total[name] = dict(Counter(total[name]) + Counter(value))
+            else:
+                total[name] += value
+    return {
+        name: dict(sorted(value.items())) if isinstance(value, dict) else value
+        for name, value in total.items()
+    }
 
 
 def clean_on_cluster(

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from glasshouse.corpus.clean import clean_documents
+from glasshouse.corpus.cluster import Cleaning, ClusterConfig, clean_on_cluster, collect_counts
 from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, estimate_bytes, read_documents
 from glasshouse.corpus.personal_data import KINDS, Kind
 from glasshouse.corpus.quality import CleanRules
@@ -80,6 +81,12 @@ class PrepareConfig:
         shard_tokens: tokens of one file of the corpus.
         workers: processes and threads; 0 is one per core. The result is the same for any number.
         seed: of what is drawn at random.
+        executor: "own", or clean by datatrove's tasks: here ("local") or on many machines ("slurm", "ray"). Each entry
+            of `documents` is a part then: give many, without names in common. The run must lie where every machine
+            sees it. The corpus is the same.
+        tasks: datatrove's tasks.
+        partition: Slurm's partition.
+        environment: command that prepares a Slurm task, for instance "source .venv/bin/activate".
     """
 
     documents: tuple[str, ...]
@@ -102,6 +109,10 @@ class PrepareConfig:
     shard_tokens: int = SHARD_TOKENS
     workers: int = 0
     seed: int = 0
+    executor: Literal["own", "local", "slurm", "ray"] = "own"
+    tasks: int = 1
+    partition: str = ""
+    environment: str = ""
 
 
 def prepare(config: PrepareConfig, run: Run) -> None:
@@ -159,9 +170,9 @@ def _check(config: PrepareConfig) -> None:
         )
     if config.vocab_size and config.tokenizer:
         raise InputError("both a tokenizer and a vocabulary size", "--tokenizer", "give one of the two")
-    if min(config.shard_tokens, config.tokenizer_sample) < 1 or config.workers < 0:
+    if min(config.shard_tokens, config.tokenizer_sample, config.tasks) < 1 or config.workers < 0:
         raise InputError(
-            "shard_tokens, tokenizer_sample and workers count something", "", "give positive numbers"
+            "shard_tokens, tokenizer_sample, tasks and workers count something", "", "give positive numbers"
         )
 
 
@@ -243,8 +254,6 @@ def _policy(config: PrepareConfig) -> ReadPolicy:
 
 
 def _clean(config: PrepareConfig, work: Path, progress: Progress) -> tuple[Spool, dict[str, Any]]:
-    counts, waterfall, spool = ReadCounts(), Waterfall(config.seed), Spool(work / SPOOL)
-    policy = _policy(config)
     rules = CleanRules(
         profile=config.profile,
         skip=config.skip,
@@ -254,22 +263,40 @@ def _clean(config: PrepareConfig, work: Path, progress: Progress) -> tuple[Spool
         personal_data=_kinds(config.personal_data),
         evaluation_sets=config.evaluation_sets,
     )
-    documents = read_documents(config.documents, policy, counts)
-    if config.language:
-        documents = (replace(one, language=one.language or config.language) for one in documents)
-    watched = progress.watch(documents, "reading")
-    cleaned = clean_documents(watched, rules, waterfall, work, _workers(config))
-    spool.fill(progress.watch(cleaned, "cleaning"))
+    policy, waterfall, spool = _policy(config), Waterfall(config.seed), Spool(work / SPOOL)
+    if config.executor == "own":
+        counts = ReadCounts()
+        documents = read_documents(config.documents, policy, counts)
+        if config.language:
+            documents = (replace(one, language=one.language or config.language) for one in documents)
+        watched = progress.watch(documents, "reading")
+        cleaned = clean_documents(watched, rules, waterfall, work, _workers(config))
+        spool.fill(progress.watch(cleaned, "cleaning"))
+        read = counts.as_report()
+    else:
+        cleaning = Cleaning(config.documents, rules, policy, str(work), config.seed, config.language)
+        cluster = ClusterConfig(
+            executor=config.executor,
+            tasks=config.tasks,
+            workers=_workers(config) if config.executor == "local" else config.workers or -1,
+            partition=config.partition,
+            environment=config.environment,
+        )
+        cleaned = clean_on_cluster(cleaning, cluster, waterfall)
+        spool.fill(progress.watch(cleaned, "collecting"))
+        read = collect_counts(cleaning)
+    _check_size(config, read["bytes_kept"], spool)
+    return spool, {"read": read, **waterfall.to_dict()}
+
+
+def _check_size(config: PrepareConfig, kept: int, spool: Spool) -> None:
     if spool.bytes < LEAST_BYTES:
         raise InputError(
-            f"too little text: {counts.bytes_kept:,} bytes read, {spool.bytes:,} left after cleaning, "
+            f"too little text: {kept:,} bytes read, {spool.bytes:,} left after cleaning, "
             f"{LEAST_BYTES:,} needed",
             ", ".join(config.documents),
-            "give more text"
-            if counts.bytes_kept < LEAST_BYTES
-            else "switch cleaning rules off: --profile none",
+            "give more text" if kept < LEAST_BYTES else "switch cleaning rules off: --profile none",
         )
-    return spool, {"read": counts.as_report(), **waterfall.to_dict()}
 
 
 # ----------------------------------------------------------------------------------------------- divide, tokenize
