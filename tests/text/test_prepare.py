@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,29 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path):
         peaks.append(peak_memory(tmp_path / f"run{megabytes}", {**settings, "documents": [str(path)]}))
     assert peaks[1] < 1.25 * peaks[0]
     assert peaks[1] < 10**9
+
+
+def test_repeated_sources_weigh_more_in_training_and_nowhere_else(tmp_path: Path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("often", "once"):
+        lines = [
+            json.dumps({"text": f"The {name} cat number {n} sat on the mat and slept."}) for n in range(60)
+        ]
+        (texts / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = {}
+    for name, repeat in (("plain", {}), ("weighted", {"*often*": 3})):
+        config = PrepareConfig((str(texts),), near_duplicates="none", vocab_size=300, repeat=repeat)
+        run = create_run(tmp_path / name, "prepare", {}, [])
+        prepare(config, run)
+        corpus = open_corpus(run.corpus_path)
+        for side in (TRAIN, VALIDATION):
+            split = corpus.split(side)
+            found[name, side] = [split.text(number) for number in range(split.documents)]
+    assert found["plain", VALIDATION] == found["weighted", VALIDATION]
+    plain, weighted = Counter(found["plain", TRAIN]), Counter(found["weighted", TRAIN])
+    assert weighted == Counter({text: 3 if "often" in text else 1 for text in plain})
+    with pytest.raises(InputError, match="less than once"):
+        prepare(
+            PrepareConfig((str(texts),), repeat={"*": 0}), create_run(tmp_path / "none", "prepare", {}, [])
+        )

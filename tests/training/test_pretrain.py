@@ -288,7 +288,7 @@ def test_two_processes_train_like_one(corpus_folder: Path, finished: Run, tmp_pa
     runs = []
     for processes in (1, 2):
         config = quick(
-            corpus_folder, dtype="float32", steps=6, validations=2, batch_tokens=576
+            corpus_folder, dtype="float32", optimizer="adamw", steps=6, validations=2, batch_tokens=576
         )  # 9 rows: uneven shares
         folder = tmp_path / str(processes)
         run = start(folder, config)

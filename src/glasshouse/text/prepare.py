@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,8 @@ class PrepareConfig:
         near_duplicates: how documents that are nearly equal are found, or "none".
         personal_data: kinds of personal data to replace by placeholders: email, phone, ip, card, ...; or "all".
         evaluation_sets: files whose texts must not be trained on.
+        repeat: how often documents stand in the training side, by a pattern of their ids like "primer_*": a way to give
+            some sources more weight. What is held out is never repeated.
         text_field: field or column that holds the text of tables and JSON; empty looks for the usual names.
         text_unit: what one document of a plain text file is: "file", "line" or "paragraph".
         encoding: character encoding of the files; empty to find it out.
@@ -103,6 +106,7 @@ class PrepareConfig:
     near_duplicates: Literal["verified", "published", "none"] = "verified"
     personal_data: tuple[str, ...] = ()
     evaluation_sets: tuple[str, ...] = ()
+    repeat: dict[str, int] = field(default_factory=dict)
     text_field: str = ""
     text_unit: Literal["auto", "file", "line", "paragraph"] = "auto"
     encoding: str = ""
@@ -170,6 +174,8 @@ def _check(config: PrepareConfig) -> None:
         )
     if config.vocab_size and config.tokenizer:
         raise InputError("both a tokenizer and a vocabulary size", "--tokenizer", "give one of the two")
+    if min([1, *config.repeat.values()]) < 1:
+        raise InputError("a document cannot stand less than once", "--repeat", "give whole numbers above 0")
     if min(config.shard_tokens, config.tokenizer_sample, config.tasks) < 1 or config.workers < 0:
         raise InputError(
             "shard_tokens, tokenizer_sample, tasks and workers count something", "", "give positive numbers"
@@ -396,7 +402,8 @@ def _pack(
     encoder = _check_encoder(tokenizer, spool, progress)
     packing = Packing(config.shard_tokens, _workers(config), encoder == "tiktoken")
     with atomic_folder(folder) as temporary:
-        watched = progress.watch_sides(division.sides(spool), "encoding")
+        repeated = _repeat(division, spool, config.repeat)
+        watched = progress.watch_sides(repeated, "encoding")
         facts = pack_documents(temporary, watched, tokenizer, packing)
         if not facts["splits"][TRAIN]["documents"] or not facts["splits"][VALIDATION]["documents"]:
             raise InputError(
@@ -406,6 +413,15 @@ def _pack(
         write_json(temporary / "waterfall.json", cleaning)
         write_json(temporary / "tokenizer_report.json", report)
     return facts, report
+
+
+def _repeat(division: Division, spool: Spool, repeat: dict[str, int]) -> Iterator[Sided]:
+    """Every document with its side; then again those of the training side that stand there more than once."""
+    for number in range(max([1, *repeat.values()])):
+        for side, document in division.sides(spool):
+            times = [count for pattern, count in repeat.items() if fnmatch(document.id, pattern)]
+            if number == 0 or (side == TRAIN and number < max(times, default=1)):
+                yield side, document
 
 
 def tokenizer_report(facts: dict[str, Any], encoder: str, division: dict[str, Any]) -> dict[str, Any]:
