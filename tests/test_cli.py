@@ -94,6 +94,7 @@ def test_version(capsys):
     [
         ("pretrian", "did you mean pretrain?"),
         ("prepare --document x --out y", "did you mean --documents?"),
+        ("prepare my_folder --out y", "write --documents my_folder"),
         ("prepare --documents x", "--out is missing"),
         ("prepare --documents x --out", "--out needs a value"),
         ("pretrain --corpus x --sise tiny --out y", "did you mean --size?"),

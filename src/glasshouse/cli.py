@@ -158,6 +158,9 @@ def _make(stage: str, words: list[str]) -> int:
     from glasshouse.config import parse_config
     from glasshouse.stage import RESUMABLE, recorded_settings, run_stage
 
+    if words and not words[0].startswith("-"):
+        name = "documents" if stage == "prepare" else "corpus"
+        raise InputError(f"unexpected {words[0]!r}", "", f"write --{name} {words[0]}")
     config_class, function = _stage(stage)
     out, resume = _take_value(words, "out"), _take_switch(words, "resume") if stage in RESUMABLE else False
     given = {}

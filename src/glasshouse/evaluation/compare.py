@@ -294,9 +294,10 @@ def describe(comparisons: Sequence[Comparison]) -> str:
     ]
     for found in comparisons:
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
+        probability = "<0.001" if found.adjusted < 0.001 else f"{found.adjusted:.3f}"
         lines.append(
             f"{found.metric:<{width}}  {found.left:8.4f}  {found.right:8.4f}  {found.left - found.right:+10.4f}"
-            f"  {interval:>20}  {found.adjusted:6.3f}"
+            f"  {interval:>20}  {probability:>6}"
         )
     corrected = f"; p after Holm's correction for {len(comparisons)} metrics" if len(comparisons) > 1 else ""
     return "\n".join(
