@@ -22,7 +22,7 @@ install:
 	@$(ENTER) sh .ci/install dev corpus,hub,report,dev "$(CPU_TORCH)"
 
 test: install
-	@$(ENTER) $(PYTHON) -m pytest $(ARGS)
+	@$(ENTER) $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: install
 	@$(ENTER) $(PYTHON) -m ruff check .

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# The models of the tests are so small that a second thread costs more than it gives; two test processes do better.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -77,3 +77,31 @@ def test_killed_while_saving_the_newest_whole_state_is_found(tmp_path: Path) -> 
         assert facts["step"] >= max(done, default=1)
         assert torch.equal(tensors["master.a"], torch.full((200_000,), float(facts["step"])))
         assert not list(tmp_path.glob(".step-*")), "leftovers of an interrupted save must be cleared"
+
+
+FILL_THE_DISK = """
+import pathlib, resource, signal, sys, torch
+from glasshouse.errors import InputError
+from glasshouse.training.checkpoint import save_state
+folder = pathlib.Path(sys.argv[1])
+save_state(folder, 1, {"master.a": torch.ones(100_000)}, {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+try:
+    save_state(folder, 2, {"master.a": torch.zeros(100_000)}, {})
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_the_old_state_whole(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FILL_THE_DISK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "cannot write" in done.stdout
+    assert done.stdout.count("\n") == 1
+    tensors, facts, passed_over = load_state(tmp_path)
+    assert facts["step"] == 1
+    assert passed_over == []
+    assert torch.equal(tensors["master.a"], torch.ones(100_000))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

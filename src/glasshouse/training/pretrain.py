@@ -53,7 +53,7 @@ class PretrainConfig:
 
     Args:
         corpus: the run that `prepare` made.
-        size: how big the model is: nano, tiny, small, medium, base or large.
+        size: how big the model is: nano, mini, tiny, small, medium, base or large.
         minutes: train about this long on this machine; sets the number of steps.
         epochs: or: go over the corpus this often.
         steps: or: make this many optimizer steps.
