@@ -263,7 +263,7 @@ def test_dev_dependencies_are_used():
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     local = {path.stem for path in files} | {"tests", "benchmarks"} | PEERS
     groups = declared()
-    used = third_party(files, local) | {"ruff", "pyright"}
+    used = third_party(files, local) | {"ruff", "pyright", "pytest-xdist"}  # the Makefile calls them
     assert groups["dev"] <= used, f"declared for dev but not used: {groups['dev'] - used}"
     everything = set().union(*groups.values())
     assert used <= everything, f"used by tests but not declared: {used - everything}"

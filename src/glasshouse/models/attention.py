@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from glasshouse.models.layers import RootMeanSquareNorm, Tap, rotate, touch
+from glasshouse.models.layers import Linear, RootMeanSquareNorm, Tap, rotate, touch
 
 
 class Cache(Protocol):
@@ -154,10 +154,10 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.heads, self.key_value_heads, self.head_dim = heads, key_value_heads, head_dim
-        self.query = nn.Linear(width, heads * head_dim, bias=bias != "none")
-        self.key = nn.Linear(width, key_value_heads * head_dim, bias=bias != "none")
-        self.value = nn.Linear(width, key_value_heads * head_dim, bias=bias != "none")
-        self.output = nn.Linear(heads * head_dim, width, bias=bias == "all")
+        self.query = Linear(width, heads * head_dim, bias=bias != "none")
+        self.key = Linear(width, key_value_heads * head_dim, bias=bias != "none")
+        self.value = Linear(width, key_value_heads * head_dim, bias=bias != "none")
+        self.output = Linear(heads * head_dim, width, bias=bias == "all")
         normed = query_key_norm is not None
         self.query_norm = RootMeanSquareNorm(head_dim, query_key_norm) if normed else None
         self.key_norm = RootMeanSquareNorm(head_dim, query_key_norm) if normed else None

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.models.attention import Attention, Cache, Mask, additive
-from glasshouse.models.layers import FeedForward, Tap, norm_layer, rotary_frequencies, rotary_table, touch
+from glasshouse.models.layers import (
+    Embedding,
+    FeedForward,
+    Linear,
+    Tap,
+    norm_layer,
+    rotary_frequencies,
+    rotary_table,
+    touch,
+)
 
 
 @dataclass(frozen=True)
@@ -124,15 +133,13 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.embedding = Embedding(config.vocab_size, config.embedding_dim)
         learned = config.position == "learned"
-        self.position_embedding = (
-            nn.Embedding(config.context_length, config.embedding_dim) if learned else None
-        )
+        self.position_embedding = Embedding(config.context_length, config.embedding_dim) if learned else None
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
         self.head = (
-            None if config.tie_embeddings else nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+            None if config.tie_embeddings else Linear(config.embedding_dim, config.vocab_size, bias=False)
         )
 
     @property

@@ -23,6 +23,25 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Linear(nn.Linear):
+    """PyTorch's, but without drawing weights on the meta device, where there are none: that alone would import
+    PyTorch's whole compiler, a second of every start."""
+
+    def reset_parameters(self) -> None:
+        """Draw weights, where there are any."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """PyTorch's, but without drawing weights on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Draw weights, where there are any."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def touch(tap: Tap | None, name: str, value: Tensor) -> Tensor:
     """Show an activation to the tap, if there is one, and go on with what it returns."""
     return value if tap is None else tap(name, value)
@@ -99,9 +118,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden_width: int, activation: str, gated: bool, bias: bool):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate = nn.Linear(width, hidden_width, bias=bias) if gated else None
-        self.up = nn.Linear(width, hidden_width, bias=bias)
-        self.down = nn.Linear(hidden_width, width, bias=bias)
+        self.gate = Linear(width, hidden_width, bias=bias) if gated else None
+        self.up = Linear(width, hidden_width, bias=bias)
+        self.down = Linear(hidden_width, width, bias=bias)
 
     def forward(self, hidden: Tensor, tap: Tap | None = None, name: str = "") -> Tensor:
         """[B, T, D] to [B, T, D]."""
