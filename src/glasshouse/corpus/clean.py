@@ -4,7 +4,7 @@ Two passes over the documents. The first judges each by itself, and writes what 
 folder, a *part*; then repeats are found from the hashes; the second reads the parts again and gives out what stays.
 Any number of processes, and any split into parts (see `cluster`), give the same documents and the same report.
 
-Memory does not grow with the text; it does with the number of documents, by about 50 bytes each while repeats are
+Memory does not grow with the text; it does with the number of documents, by about 70 bytes each while repeats are
 sought. It knows nothing of tokens, nor of what a rule measures.
 """
 
