@@ -229,7 +229,7 @@ def test_plots_are_drawn_and_the_card_stands_without_matplotlib(
     assert "<svg" not in page
     assert "0.549" in text
     for card in (markdown, text):
-        assert "pip install 'glasshouse[report]'" in card
+        assert "pip install '.[report]'" in card
 
 
 def test_a_corpus_has_a_card(corpus: Run):

@@ -47,7 +47,7 @@ def course(facts: Facts) -> list[Block]:
 
 
 def _how_to_draw(facts: Facts) -> Paragraph:
-    install, again = Code("pip install 'glasshouse[report]'"), Code(f"glasshouse report {facts.place}")
+    install, again = Code("pip install '.[report]'"), Code(f"glasshouse report {facts.place}")
     return Paragraph(("Plots need matplotlib: ", install, ", then ", again, "."), "soft")
 
 

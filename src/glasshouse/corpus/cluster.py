@@ -154,7 +154,9 @@ def build_executor(cleaning: Cleaning, cluster: ClusterConfig) -> Any:
         InputError: datatrove is not installed, or Slurm is asked for without a partition.
     """
     if find_spec("datatrove") is None:
-        raise InputError("datatrove is not installed", "cluster", 'pip install "glasshouse[corpus]"')
+        raise InputError(
+            "datatrove is not installed", "cluster", 'in the project folder, pip install ".[corpus]"'
+        )
     executor: Any = None
     names = ("screen", "repeats", "release")
     for name, step in zip(names, (ScreenStep, RepeatStep, ReleaseStep), strict=True):

@@ -110,7 +110,7 @@ def require_library(name: str, use: str) -> Any:
         return __import__(name, fromlist=["_"])
     except ImportError as error:
         raise InputError(
-            f"{name} is needed to read {use}: {error}", "", 'pip install "glasshouse[corpus]"'
+            f"{name} is needed to read {use}: {error}", "", 'in the project folder, pip install ".[corpus]"'
         ) from None
 
 

@@ -258,6 +258,7 @@ def _measure(
                          "prepare more text, or give a smaller --context")  # fmt: skip
     # what Python, PyTorch and the corpus hold beside the training itself
     baseline = 0 if device.kind == "cuda" else process_memory()
+    print("timing a few steps on this machine ...", flush=True)
     plan = settle(request, optimization, device, corpus.vocab_size, train.tokens)
     require_free(run.path, 3 * model_memory(plan.shape.model, optimization, device.compute_dtype))
     run.update(shape=asdict(plan.shape), compiled=plan.compiled, predicted=asdict(predict(plan, optimization, device)),
@@ -433,6 +434,8 @@ def _close(training: Training, predicted: Prediction, finished: bool) -> None:
         best={"step": history.best_step, "validation_bits_per_byte": training.bits_per_byte(history.best_loss, "validation")},
         flops=flops_per_token(training.shape.model, training.shape.context) * training.shape.rows * training.shape.context * history.step,
     )  # fmt: skip
+    bits = training.bits_per_byte(history.best_loss, "validation")
     say(
-        f"best validation: {training.bits_per_byte(history.best_loss, 'validation'):.3f} bits/byte at step {history.best_step}; model in {run.model_path}"
+        f"best validation: {bits:.3f} bits/byte at step {history.best_step}; the model is in {run.model_path}"
     )
+    say(f"next: glasshouse evaluate {run.path}, or glasshouse generate {run.path} PROMPT")
