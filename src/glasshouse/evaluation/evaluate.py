@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     whole = len(model.unit_nats) == len(model.nats)  # units are documents
     report = {
         "digest": artifact.digest,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["glasshouse", *sys.argv[1:]]),
         "seed": config.seed,
         "device": f"{device.kind} {device.dtype}",
         "held_out": {
