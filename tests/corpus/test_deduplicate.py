@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash  # noqa: F401  datatrove's blocks hash with it
 
 from glasshouse.corpus import deduplicate
 from glasshouse.corpus.clean import clean_documents
