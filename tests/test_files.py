@@ -324,3 +324,9 @@ def test_a_manifest_that_is_no_file(folder, tmp_path, monkeypatch):
     (folder / "manifest.json").write_bytes(b"{" + b" " * 200)
     monkeypatch.setattr(files, "MANIFEST_BYTES_LIMIT", 100)
     assert_refused(lambda: verify_manifest(folder), "too large")
+
+
+def test_a_lone_surrogate_survives_a_json_file(tmp_path: Path) -> None:
+    value = {"name": "caf\udce9.txt", "text": "猫"}
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json") == value

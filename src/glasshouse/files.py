@@ -70,7 +70,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         InputError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # a lone surrogate, as in a file name that is not UTF-8, is written as JSON would escape it
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

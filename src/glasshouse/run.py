@@ -60,7 +60,7 @@ class Run:
         line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with open(self.path / METRICS_FILE, "ab") as file:
-                file.write(line.encode())
+                file.write(line.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise write_error(error, self.path / METRICS_FILE) from error
 
