@@ -198,7 +198,7 @@ def test_a_polite_signal_saves_and_ends_with_code_0(
 
 
 def test_a_stop_during_validation_is_heeded(
-    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus_folder: Path, finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = quick(corpus_folder)
     run = start(tmp_path / "run", config)
@@ -213,6 +213,13 @@ def test_a_stop_during_validation_is_heeded(
     assert run.read()["status"] == "stopped"
     assert run.read()["step"] == 10
     assert load_state(run.state_path)[1]["step"] == 10
+    monkeypatch.setattr(stage, "validate", validate)
+    pretrain(config, run)
+    assert_same_weights(run, finished)
+    found, expected = (
+        [r["step"] for r in some.metrics() if "validation_loss" in r] for some in (run, finished)
+    )
+    assert found == expected  # the validation that was cut short is made up for
 
 
 def test_a_diverging_run_stops_by_name_and_keeps_its_last_good_state(

@@ -29,7 +29,6 @@ from glasshouse.training.plan import (
     Shape,
     ShapeRequest,
     compile_layers,
-    flops_per_token,
     matmul_rate,
     model_memory,
     peak_memory,
@@ -131,6 +130,7 @@ class History:
         seconds: time spent on them.
         best_loss: lowest validation loss, in nats per token.
         best_step: steps done when it was measured.
+        validated: steps done at the last validation that came to its end.
         waited: validations since then.
         bad_steps: steps in a row that were skipped.
         smoothed: smoothed training loss.
@@ -141,6 +141,7 @@ class History:
     seconds: float = 0.0
     best_loss: float = math.inf
     best_step: int = 0
+    validated: int = 0
     waited: int = 0
     bad_steps: int = 0
     smoothed: float | None = None
@@ -162,6 +163,7 @@ class Training:
     progress: Progress
     stop: StopSignal
     matmul_rate: float
+    flops_per_token: float
     scalars: Scalars
     history: History = field(default_factory=History)
 
@@ -205,7 +207,7 @@ def pretrain(config: PretrainConfig, run: Run) -> None:
         history = _resume(run, optimizer, device.rank == 0)
         with Progress(shape.steps, history.step, quiet=device.rank > 0) as progress:
             training = Training(config, run, device, corpus, tokenizer, shape, model, optimizer, progress, stop,
-                                matmul_rate(device), Scalars(run.path, device.rank > 0), history)  # fmt: skip
+                                matmul_rate(device), predicted.flops / shape.tokens, Scalars(run.path, device.rank > 0), history)  # fmt: skip
             _announce(training, predicted)
             finished = _train(training)
             _close(training, predicted, finished)
@@ -301,12 +303,13 @@ def _train(training: Training) -> bool:
     config, shape, history = training.config, training.shape, training.history
     batches = micro_batches(training.corpus.split("train"), shape, training.device, config.isolate_documents)
     schedule = Schedule(history.step, shape.steps, config.seed)
-    validate_every = validation_steps(config, shape)
+    if _validation_is_due(training) and not _validate(training):  # a stop cut it short
+        return False
     spikes, saved = SpikeDetector(), time.perf_counter()
     for step in train_steps(training.model, next_token, batches, training.optimizer, schedule, training.stop):
         history.step, history.seconds = step.number + 1, history.seconds + step.seconds
         _record(training, step, spikes)
-        if history.step % validate_every == 0 or history.step == shape.steps:
+        if _validation_is_due(training):
             if not _validate(training):
                 break
             if config.early_stop and history.waited >= config.early_stop:
@@ -343,9 +346,7 @@ def _record(training: Training, step: Step, spikes: SpikeDetector) -> None:
             record["spike"] = True
             say(f"step {history.step}: loss {step.loss:.3f} stands out from those before it")
     rate = record["tokens_per_second"]
-    utilization = (
-        rate * flops_per_token(shape.model, shape.context) / training.matmul_rate / training.device.world_size
-    )
+    utilization = rate * training.flops_per_token / training.matmul_rate / training.device.world_size
     history.peak_memory = max(history.peak_memory, peak_memory(training.device))
     record |= {"utilization": utilization, "memory": process_memory()}
     if training.is_first:
@@ -368,7 +369,7 @@ def _validate(training: Training) -> bool:
     if loss is None:
         return False
     better = loss < history.best_loss
-    history.waited = 0 if better else history.waited + 1
+    history.waited, history.validated = 0 if better else history.waited + 1, history.step
     if training.is_first:
         _record_validation(training, loss)
         if better:
@@ -396,6 +397,12 @@ def _record_validation(training: Training, loss: float) -> None:
         say(f"  {config.sample_prompt!r} -> {sample.strip()!r}")
     training.run.log(record)
     training.scalars.add(record)
+
+
+def _validation_is_due(training: Training) -> bool:
+    history, every = training.history, validation_steps(training.config, training.shape)
+    at_border = history.step % every == 0 or history.step == training.shape.steps
+    return at_border and history.validated < history.step
 
 
 def validation_steps(config: PretrainConfig, shape: Shape) -> int:
@@ -432,7 +439,7 @@ def _close(training: Training, predicted: Prediction, finished: bool) -> None:
         parameters=predicted.parameters, steps=history.step, tokens=history.step * training.shape.rows * training.shape.context,
         seconds=history.seconds, memory=memory, predicted_memory=expected, energy=joules, energy_method=f"measured time at {power(training.device):.0f} W, assumed",
         best={"step": history.best_step, "validation_bits_per_byte": training.bits_per_byte(history.best_loss, "validation")},
-        flops=flops_per_token(training.shape.model, training.shape.context) * training.shape.rows * training.shape.context * history.step,
+        flops=training.flops_per_token * training.shape.rows * training.shape.context * history.step,
     )  # fmt: skip
     bits = training.bits_per_byte(history.best_loss, "validation")
     say(
