@@ -83,9 +83,26 @@ def test_the_model_it_leaves_can_be_opened_alone(finished: Run, tmp_path: Path) 
     assert torch.isfinite(artifact.model.logits(artifact.model(tokens))).all()
 
 
-def test_the_memory_it_took_is_the_memory_predicted(finished: Run) -> None:
-    facts = finished.read()
+def test_the_memory_it_took_is_the_memory_predicted(corpus_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: memory that earlier tests freed and the process kept would be used again, uncounted."""
+    process = launch(tmp_path / "run", quick(corpus_folder), {})
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    facts = open_run(tmp_path / "run").read()
     assert facts["predicted_memory"] == pytest.approx(facts["memory"], rel=0.2)
+
+
+def test_the_peak_of_memory_is_counted_anew() -> None:
+    program = (
+        "import mmap; from glasshouse.device import open_device; from glasshouse.training import plan;"
+        "device = open_device('cpu'); before = plan.peak_memory(device);"
+        "block = mmap.mmap(-1, 2**28); block.write(bytes(2**28)); block.close(); high = plan.peak_memory(device);"
+        "plan.forget_peak_memory(device); print(high - before, plan.peak_memory(device) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    grown, left = map(int, done.stdout.split())
+    assert grown > 2**27
+    assert left < 2**26
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(

@@ -11,7 +11,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 
@@ -375,10 +377,21 @@ def process_memory() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def forget_peak_memory(device: Device) -> None:
+    """Let `peak_memory` count from now on; where the system cannot, it goes on counting from the process's start."""
+    if device.kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of resident memory
+
+
 def peak_memory(device: Device) -> int:
-    """Most bytes held so far: of the GPU where there is one, else of this process's RAM."""
+    """Most bytes held since `forget_peak_memory`: of the GPU where there is one, else of this process's RAM."""
     if device.kind == "cuda":
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -29,6 +29,7 @@ from glasshouse.training.plan import (
     Shape,
     ShapeRequest,
     compile_layers,
+    forget_peak_memory,
     matmul_rate,
     model_memory,
     peak_memory,
@@ -191,6 +192,7 @@ def pretrain(config: PretrainConfig, run: Run) -> None:
     device = open_device(config.device, config.dtype, config.seed, config.threads)
     lock = run.lock() if device.rank == 0 else nullcontext()
     with lock, process_group(device), StopSignal() as stop:
+        forget_peak_memory(device)
         require_agreement("their settings", repr(config))
         corpus = open_corpus(_corpus_folder(config.corpus))
         tokenizer = open_tokenizer(_corpus_folder(config.corpus))
