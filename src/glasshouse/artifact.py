@@ -29,9 +29,18 @@ from glasshouse.files import (
     verify_manifest,
     write_json,
 )
-from glasshouse.models.decoder import Decoder, DecoderConfig
-from glasshouse.models.huggingface import Stored, canonical_name, stored_tensors
-from glasshouse.models.huggingface_config import config_from_huggingface, config_to_huggingface
+from glasshouse.models.decoder import Decoder
+from glasshouse.models.huggingface import (
+    Model,
+    ModelConfig,
+    Stored,
+    build_model,
+    canonical_name,
+    config_from_huggingface,
+    config_to_huggingface,
+    copied_tensors,
+    stored_tensors,
+)
 from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -57,7 +66,7 @@ class Artifact:
     """A model that can be used.
 
     Args:
-        model: the decoder, in evaluation mode.
+        model: of any family, in evaluation mode; `require_decoder` where only a decoder will do.
         tokenizer: its tokenizer.
         config: its shape.
         generation: what generation_config.json says.
@@ -68,13 +77,29 @@ class Artifact:
             has none.
     """
 
-    model: Decoder
+    model: Model
     tokenizer: Tokenizer
-    config: DecoderConfig
+    config: ModelConfig
     generation: dict[str, Any]
     path: Path
     digest: str
     verified: bool
+
+
+def require_decoder(artifact: Artifact) -> Decoder:
+    """The model of an artifact, where the work needs one that predicts the next token.
+
+    Raises:
+        InputError: it is of another family.
+    """
+    if isinstance(artifact.model, Decoder):
+        return artifact.model
+    kind = type(artifact.model).__name__
+    raise InputError(
+        f"the model is an {kind}, and this needs a Decoder",
+        str(artifact.path),
+        "give a model that predicts the next token",
+    )
 
 
 # ---- saving
@@ -82,7 +107,7 @@ class Artifact:
 
 def save_artifact(
     folder: Path,
-    model: Decoder,
+    model: Model,
     tokenizer: Tokenizer,
     *,
     generation: Mapping[str, Any] | None = None,
@@ -201,7 +226,7 @@ def _open_folder(
     files = _weight_files(folder)
     config = _read_config(folder)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build_model(config)
     _load_weights(model, _find_tensors(folder, files, config), dtype, device)
     generation = _read_object(folder, GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
     for name in TOKENIZER_FILES:
@@ -215,7 +240,7 @@ def _open_folder(
     return Artifact(model.eval(), tokenizer, config, generation, folder, digest, verified)
 
 
-def _require_fit(tokenizer: Tokenizer, config: DecoderConfig, folder: Path) -> None:
+def _require_fit(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding {config.vocab_size:,}",
@@ -311,7 +336,7 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_config(folder: Path) -> DecoderConfig:
+def _read_config(folder: Path) -> ModelConfig:
     facts = _read_object(folder, CONFIG_FILE)
     try:
         return config_from_huggingface(facts)
@@ -360,7 +385,7 @@ class _Found:
     dtype: str
 
 
-def _find_tensors(folder: Path, files: list[str], config: DecoderConfig) -> dict[str, _Found]:
+def _find_tensors(folder: Path, files: list[str], config: ModelConfig) -> dict[str, _Found]:
     """What the weight files hold, from their headers alone, by the family's full names."""
     found: dict[str, _Found] = {}
     for file in files:
@@ -381,12 +406,12 @@ def _find_tensors(folder: Path, files: list[str], config: DecoderConfig) -> dict
 
 
 def _load_weights(
-    model: Decoder, found: dict[str, _Found], dtype: torch.dtype | None, device: torch.device
+    model: Model, found: dict[str, _Found], dtype: torch.dtype | None, device: torch.device
 ) -> None:
     """Give a model without memory its parameters, one tensor at a time."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = stored_tensors(model.config, shapes)
-    _drop_tied_head(model.config, stored, found)
+    _drop_copies(copied_tensors(model.config), found)
     for name in stored:
         if name not in found:
             file = next(iter(found.values())).file if found else WEIGHTS_FILE
@@ -404,18 +429,20 @@ def _load_weights(
     model.load_state_dict(state, assign=True)
 
 
-def _drop_tied_head(config: DecoderConfig, stored: Mapping[str, Stored], found: dict[str, _Found]) -> None:
+def _drop_copies(copies: Mapping[str, str], found: dict[str, _Found]) -> None:
     """Some tools write a tied head a second time; it is read only to see that it is the embedding."""
-    if not config.tie_embeddings or "lm_head.weight" not in found:
-        return
-    embedding = next(name for name in stored if stored[name].parts == ("embedding.weight",))
-    head = found.pop("lm_head.weight")
-    if embedding in found and not torch.equal(_read_tensor(head), _read_tensor(found[embedding])):
-        raise InputError(
-            "the config ties the head to the embedding, but the file holds two different matrices",
-            f"{head.file}, {head.name}",
-            "set tie_word_embeddings to false in config.json",
-        )
+    for name, original in copies.items():
+        if name not in found:
+            continue
+        copy = found.pop(name)
+        if original not in found:
+            found[original] = copy
+        elif not torch.equal(_read_tensor(copy), _read_tensor(found[original])):
+            raise InputError(
+                f"the config ties {name} to {original}, but the file holds two different tensors",
+                f"{copy.file}, {copy.name}",
+                "set tie_word_embeddings to false in config.json",
+            )
 
 
 def _check_tensor(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from glasshouse.errors import InputError
 from glasshouse.models.decoder import DecoderConfig
-from glasshouse.models.huggingface_config import config_from_huggingface, config_to_huggingface, family_for
+from glasshouse.models.huggingface import config_from_huggingface, config_to_huggingface, family_for
 
 SIZES = {"vocab_size": 400, "embedding_dim": 48, "num_layers": 3, "num_heads": 4, "head_dim": 12,
          "feed_forward_dim": 96, "context_length": 128}  # fmt: skip

@@ -1,73 +1,121 @@
-"""How the decoder's weights are named on disk: the tensor names of Hugging Face's families, both ways.
+"""The model families on disk, in Hugging Face's layout, both ways: config.json, and what each tensor is called.
 
-One table per layout maps our module names to theirs; GPT-2 alone also fuses and transposes its matrices. A tensor is
-renamed, cut or joined here, at the file boundary, and nowhere else. Pure: names and tensors; knows no files.
+Each family's own tables are in its own module; here its config.json is sent to them, and a tensor is renamed, cut or
+joined at the file boundary, and nowhere else. Pure: dicts, names and tensors; knows no files.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glasshouse.errors import InputError
-from glasshouse.models.decoder import DecoderConfig
-from glasshouse.models.huggingface_config import family_for
+from glasshouse.models import huggingface_decoder
+from glasshouse.models.decoder import Decoder, DecoderConfig
+from glasshouse.models.huggingface_config import WHOLE, Layout, say_value
+from glasshouse.models.huggingface_decoder import decoder_family, decoder_layout, read_decoder, write_decoder
 
-LLAMA_MODULES = {
-    "embedding": "model.embed_tokens",
-    "layers.N.attention_norm": "model.layers.N.input_layernorm",
-    "layers.N.attention.query": "model.layers.N.self_attn.q_proj",
-    "layers.N.attention.key": "model.layers.N.self_attn.k_proj",
-    "layers.N.attention.value": "model.layers.N.self_attn.v_proj",
-    "layers.N.attention.query_norm": "model.layers.N.self_attn.q_norm",
-    "layers.N.attention.key_norm": "model.layers.N.self_attn.k_norm",
-    "layers.N.attention.output": "model.layers.N.self_attn.o_proj",
-    "layers.N.feed_forward_norm": "model.layers.N.post_attention_layernorm",
-    "layers.N.feed_forward.gate": "model.layers.N.mlp.gate_proj",
-    "layers.N.feed_forward.up": "model.layers.N.mlp.up_proj",
-    "layers.N.feed_forward.down": "model.layers.N.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-GPT2_MODULES = {  # three modules with one name on disk are stored as one, in this order
-    "embedding": "transformer.wte",
-    "position_embedding": "transformer.wpe",
-    "layers.N.attention_norm": "transformer.h.N.ln_1",
-    "layers.N.attention.query": "transformer.h.N.attn.c_attn",
-    "layers.N.attention.key": "transformer.h.N.attn.c_attn",
-    "layers.N.attention.value": "transformer.h.N.attn.c_attn",
-    "layers.N.attention.output": "transformer.h.N.attn.c_proj",
-    "layers.N.feed_forward_norm": "transformer.h.N.ln_2",
-    "layers.N.feed_forward.up": "transformer.h.N.mlp.c_fc",
-    "layers.N.feed_forward.down": "transformer.h.N.mlp.c_proj",
-    "norm": "transformer.ln_f",
-    "head": "lm_head",
-}
+ModelConfig = DecoderConfig
+Model = Decoder
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = huggingface_decoder.ARCHITECTURES
+"""model_type: the classes that transformers opens it with and that are opened here."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the tensors of a family are named and laid out on disk.
+# ---- config
+
+
+def family_of(facts: Any) -> tuple[str, str]:
+    """The family (`model_type`) that a Hugging Face config names, and the class (the first of its `architectures`).
+
+    Raises:
+        InputError: it names none or an unknown one, or needs code, quantization or a head that are not supported.
+    """
+    known = f"known families: {', '.join(ARCHITECTURES)}"
+    if not isinstance(facts, dict):
+        raise InputError("not a JSON object", "config.json", WHOLE)
+    if facts.get("auto_map"):
+        raise InputError("the model brings its own code, which is never run", "auto_map", known)
+    family = facts.get("model_type")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise InputError(f"unknown model family {say_value(family)}", "model_type", known)
+    if facts.get("quantization_config"):
+        raise InputError("the weights are quantized", "quantization_config", "open the unquantized model")
+    known_classes = ARCHITECTURES[family]
+    named = facts.get("architectures") or [known_classes[0]]
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in known_classes:
+        named = named[0] if isinstance(named, list) else named
+        raise InputError(
+            f"{say_value(named)} is not a model that is opened here",
+            "architectures",
+            f"give a {' or '.join(known_classes)}",
+        )
+    return family, named[0]
+
+
+def config_from_huggingface(facts: Any) -> ModelConfig:
+    """The shape of the model that a Hugging Face `config.json` describes; absent keys mean what transformers takes.
 
     Args:
-        modules: our module names to those on disk; N stands for the number of the layer.
-        prefix: what a file saved without its language-modelling head leaves out of every name.
-        transposed: a pattern for the tensors that are stored transposed.
-        constant: a pattern for stored tensors that are no weights (masks, frequencies): computed here, never read.
+        facts: the parsed file.
+
+    Raises:
+        InputError: unknown family, a value of the wrong kind or size, or a feature that is not supported. `where` is
+            the key.
     """
-
-    modules: Mapping[str, str]
-    prefix: str
-    transposed: str
-    constant: str
+    family, _ = family_of(facts)
+    return read_decoder(facts, family)
 
 
-LLAMA = Layout(LLAMA_MODULES, "model.", r"(?!)", r"\.rotary_emb\.inv_freq$")
-GPT2 = Layout(
-    GPT2_MODULES, "transformer.", r"\.(c_attn|c_proj|c_fc)\.weight$", r"\.attn\.(bias|masked_bias)$"
-)
+def config_to_huggingface(
+    config: ModelConfig, token_ids: Mapping[str, int | list[int] | None], dtype: str
+) -> dict[str, Any]:
+    """What `config.json` says of a model, in the spelling of transformers 5 and in the one that older readers know.
+
+    Args:
+        config: the model's shape.
+        token_ids: "bos_token_id", "eos_token_id" and "pad_token_id"; None where there is none.
+        dtype: number format of the weights: "float32", "bfloat16" or "float16".
+
+    Raises:
+        InputError: no family holds this shape.
+    """
+    family = family_for(config)
+    shared = {
+        "architectures": [ARCHITECTURES[family][0]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **{key: token_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    return shared | write_decoder(config)
+
+
+def family_for(config: ModelConfig) -> str:
+    """The family (`model_type`) that holds this model on disk.
+
+    Raises:
+        InputError: none of them can say what the config says.
+    """
+    return decoder_family(config)
+
+
+def layout_for(config: ModelConfig) -> Layout:
+    """The layout of the family that holds this model on disk."""
+    return decoder_layout(config)
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A model of this shape, its weights as yet without meaning."""
+    return Decoder(config)
+
+
+# ---- tensors
 
 
 @dataclass(frozen=True)
@@ -100,16 +148,11 @@ class Stored:
         return whole[::-1] if self.transposed else whole
 
 
-def layout_for(config: DecoderConfig) -> Layout:
-    """The layout of the family that holds this decoder on disk."""
-    return GPT2 if family_for(config) == "gpt2" else LLAMA
-
-
-def stored_tensors(config: DecoderConfig, names: Iterable[str]) -> dict[str, Stored]:
-    """The tensors on disk, by name, that hold a decoder's.
+def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Stored]:
+    """The tensors on disk, by name, that hold a model's.
 
     Args:
-        config: the decoder's shape.
+        config: the model's shape.
         names: the names in its `state_dict`. A tied head is not among them, and so is not on disk.
 
     Raises:
@@ -120,7 +163,7 @@ def stored_tensors(config: DecoderConfig, names: Iterable[str]) -> dict[str, Sto
     parts: dict[str, list[tuple[int, str]]] = {}
     for name in names:
         module, _, kind = name.rpartition(".")
-        layer = re.match(r"layers\.(\d+)\.", module)
+        layer = re.search(r"\blayers\.(\d+)\.", module)
         template = module.replace(f"layers.{layer[1]}.", "layers.N.", 1) if layer else module
         if template not in layout.modules:
             raise InputError(
@@ -128,9 +171,8 @@ def stored_tensors(config: DecoderConfig, names: Iterable[str]) -> dict[str, Sto
                 name,
                 "save it as another family",
             )
-        stored = (
-            layout.modules[template].replace(".N.", f".{layer[1]}.") if layer else layout.modules[template]
-        )
+        stored = layout.modules[template]
+        stored = stored.replace(".N.", f".{layer[1]}.") if layer else stored
         parts.setdefault(f"{stored}.{kind}", []).append((order[template], name))
     return {
         stored: Stored(
@@ -140,9 +182,17 @@ def stored_tensors(config: DecoderConfig, names: Iterable[str]) -> dict[str, Sto
     }
 
 
-def canonical_name(config: DecoderConfig, name: str) -> str | None:
-    """The full name of a stored tensor, whether or not the file left the family's prefix out; None for a constant."""
+def canonical_name(config: ModelConfig, name: str) -> str | None:
+    """The full name of a stored tensor, whether or not the file left the family's prefix out or uses an older
+    spelling; None for a constant."""
     layout = layout_for(config)
     if re.search(layout.constant, name):
         return None
-    return name if name.startswith((layout.prefix, "lm_head.")) else layout.prefix + name
+    for pattern, replacement in layout.older:
+        name = re.sub(pattern, replacement, name)
+    return name if name.startswith((layout.prefix, *layout.outside)) else layout.prefix + name
+
+
+def copied_tensors(config: ModelConfig) -> Mapping[str, str]:
+    """Names under which a file may hold a tensor once more, as some tools write a tied head: to the name that counts."""
+    return layout_for(config).copies
