@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from glasshouse.artifact import open_artifact
+from glasshouse.artifact import open_artifact, require_decoder
 from glasshouse.device import Device
 from glasshouse.errors import InputError
 from glasshouse.evaluation.perplexity import (
@@ -253,7 +253,9 @@ def measure_costs(run: Path, corpus: Path, device: Device, most_bytes: int = MOS
     split = open_corpus(corpus / "corpus" if (corpus / "corpus").is_dir() else corpus).split(VALIDATION)
     numbers = draw_documents(split, most_bytes)
     held_out = hold_out(split, artifact.tokenizer, numbers, encode=True)
-    found = bits_per_byte(artifact.model, held_out, end_of_document=artifact.tokenizer.end_of_document)
+    found = bits_per_byte(
+        require_decoder(artifact), held_out, end_of_document=artifact.tokenizer.end_of_document
+    )
     whole = len(found.unit_nats) == len(found.nats)
     languages = [str(split.metadata(number).get("language", "")) for number in numbers] if whole else []
     return Costs(str(run), artifact.digest, held_out.digest, found.unit_nats, found.unit_sizes, languages)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glasshouse.artifact import open_artifact
+from glasshouse.artifact import open_artifact, require_decoder
 from glasshouse.device import open_device
 from glasshouse.errors import InputError
 from glasshouse.evaluation.baselines import train_ngram
@@ -95,7 +95,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     split = corpus.split(VALIDATION)
     numbers = draw_documents(split, config.bytes, config.seed)
     held_out = hold_out(split, artifact.tokenizer, numbers)
-    score = model_score(artifact.model, corpus.end_of_document)
+    score = model_score(require_decoder(artifact), corpus.end_of_document)
     model = measure(held_out, score, seed=config.seed)
     baseline, counted = _baseline(corpus, config)
     ngram = measure(held_out, baseline, seed=config.seed)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from glasshouse.artifact import Artifact, open_artifact
+from glasshouse.artifact import Artifact, open_artifact, require_decoder
 from glasshouse.device import Device
 from glasshouse.inference.engine import Token, generate
 from glasshouse.inference.sampling import GenerationConfig
@@ -32,7 +32,7 @@ def continue_text(artifact: Artifact, prompt: str, config: GenerationConfig) -> 
     """
     prompt_tokens = artifact.tokenizer.prompt(prompt)
     return generate(
-        artifact.model, artifact.tokenizer, prompt_tokens, config, end_tokens=end_tokens(artifact)
+        require_decoder(artifact), artifact.tokenizer, prompt_tokens, config, end_tokens=end_tokens(artifact)
     )
 
 

@@ -44,7 +44,9 @@ def family_of(facts: Any) -> tuple[str, str]:
     if facts.get("quantization_config"):
         raise InputError("the weights are quantized", "quantization_config", "open the unquantized model")
     known_classes = ARCHITECTURES[family]
-    named = facts.get("architectures") or [known_classes[0]]
+    named = facts.get("architectures")
+    if named in (None, []):
+        named = [known_classes[0]]
     if not isinstance(named, list) or len(named) != 1 or named[0] not in known_classes:
         named = named[0] if isinstance(named, list) else named
         raise InputError(
