@@ -76,6 +76,7 @@ def attend(
     causal: bool = False,
     tap: Tap | None = None,
     name: str = "",
+    scale: float | None = None,
 ) -> Tensor:
     """The mean of the values, weighted by softmax(query · key / sqrt(d)).
 
@@ -87,6 +88,7 @@ def attend(
         causal: no query sees a later key, and T = S; a mask, if there is one, says so too.
         tap: shown "NAME.scores" and "NAME.pattern", [B, H, T, S].
         name: prefix for the tap.
+        scale: what query · key is multiplied by; 1 / sqrt(d) when None.
 
     Returns:
         [B, H, T, d].
@@ -98,8 +100,10 @@ def attend(
             value,
             attn_mask=mask,
             is_causal=causal and mask is None,
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+    query = query * (query.shape[3] ** -0.5 if scale is None else scale)
     queries, keys = query.shape[2], key.shape[2]
     if mask is None and causal:
         mask = additive(Mask().seen(queries, keys, query.device), query.dtype)
@@ -119,11 +123,11 @@ def attend(
 def _read(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tap: Tap | None, name: str
 ) -> Tensor:
-    """`attend`, spelled out."""
+    """`attend`, spelled out, for queries that are scaled already."""
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     # One matrix product per key head: the query heads that share it are stacked along the positions.
-    stacked = (query * width**-0.5).reshape(batch, groups, heads // groups * queries, width)
+    stacked = query.reshape(batch, groups, heads // groups * queries, width)
     scores = (stacked @ key.transpose(-1, -2)).view(batch, heads, queries, keys)
     scores = touch(tap, f"{name}.scores", scores if mask is None else scores + mask)
     pattern = touch(tap, f"{name}.pattern", torch.softmax(scores, dim=-1))
