@@ -1,11 +1,14 @@
 """Keys and values of the tokens a model has read, in one block of memory per layer.
 
-What the decoder asks of a cache is two things: `length`, and `extend(layer, key, value)`. Knows nothing of the model
-but what it is handed.
+What the decoder asks of a cache is two things: `length`, and `attend`, which keeps new keys and values and reads for
+new queries. Knows nothing of the model but what it is handed.
 """
 
 import torch
 from torch import Tensor
+
+from glasshouse.models.attention import Mask, additive, attend
+from glasshouse.models.layers import Tap
 
 
 class ContiguousCache:
@@ -24,6 +27,7 @@ class ContiguousCache:
         self._capacity = max(capacity, 1)
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
+        self._mask: tuple[tuple[int, int, int | None], Tensor | None] | None = None
 
     @property
     def length(self) -> int:
@@ -53,6 +57,37 @@ class ContiguousCache:
         if layer == len(self._keys) - 1:
             self._length = end
         return keys[:, :, :end], values[:, :, :end]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        tap: Tap | None,
+        name: str,
+    ) -> Tensor:
+        """Keep keys and values, each [B, G, T, d], of T new tokens, and read for their queries, [B, H, T, d].
+
+        Returns:
+            [B, H, T, d]: each query has seen its own key and those before it, no further back than the window.
+        """
+        start = self._length
+        keys, values = self.extend(layer, key, value)
+        mask = self._seen(start, query, window)
+        causal = start == 0 and query.shape[2] > 1
+        return attend(query, keys, values, mask, causal, tap, name)
+
+    def _seen(self, start: int, query: Tensor, window: int | None) -> Tensor | None:
+        """The additive mask, None where none is needed: made once for all layers of a pass that have the same window."""
+        asked = (start, query.shape[2], window)
+        if self._mask is None or self._mask[0] != asked:
+            mask, keys = Mask(True, window), start + query.shape[2]
+            plain = mask.is_plain(query.shape[2], keys)
+            seen = None if plain else additive(mask.seen(query.shape[2], keys, query.device), query.dtype)
+            self._mask = asked, seen
+        return self._mask[1]
 
     def _room(self, block: Tensor | None, new: Tensor) -> Tensor:
         """The block itself while it is large enough, else a larger one with the same tokens."""

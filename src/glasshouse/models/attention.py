@@ -1,7 +1,7 @@
 """Attention, written once for every family: which positions see which, and the weighted mean they read.
 
 Source: Vaswani et al. 2017 (arXiv:1706.03762); grouped queries, Ainslie et al. 2023 (arXiv:2305.13245).
-Knows nothing of how keys and values of earlier tokens are kept: a cache is an argument that answers `extend`.
+Knows nothing of how keys and values of earlier tokens are kept: a cache is an argument that answers `attend`.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,24 @@ class Cache(Protocol):
         """Tokens already in the cache."""
         ...
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, H, T, d] keys and values of a layer; return all of them, [B, H, length + T, d]."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        tap: Tap | None,
+        name: str,
+    ) -> Tensor:
+        """Keep the keys and values of T new tokens, [B, G, T, d], and read for their queries, [B, H, T, d].
+
+        The cache knows what comes before each new token, so it does the masking: no query sees a later key, nor one
+        `window` or more positions back (None for no such border).
+
+        Returns:
+            What each query read, [B, H, T, d].
+        """
         ...
 
 
@@ -145,6 +161,8 @@ class Attention(nn.Module):
         head_dim: d.
         bias: "none", "query_key_value" or "all".
         query_key_norm: epsilon of a norm on queries and keys (Qwen3); None for no norm.
+        window: how many positions back a query sees in a cache, itself included; None for all. Without a cache, the
+            mask says it.
     """
 
     def __init__(
@@ -155,8 +173,10 @@ class Attention(nn.Module):
         head_dim: int,
         bias: str,
         query_key_norm: float | None,
+        window: int | None = None,
     ):
         super().__init__()
+        self.window = window
         self.heads, self.key_value_heads, self.head_dim = heads, key_value_heads, head_dim
         self.query = Linear(width, heads * head_dim, bias=bias != "none")
         self.key = Linear(width, key_value_heads * head_dim, bias=bias != "none")
@@ -176,16 +196,20 @@ class Attention(nn.Module):
         layer: int,
         tap: Tap | None = None,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D]; `rotary` is a table of the positions, None where positions are learned."""
+        """[B, T, D] to [B, T, D]; `rotary` is a table of the positions, None where positions are learned.
+
+        With a cache, `mask` and `causal` are the cache's business.
+        """
         name = "" if tap is None else f"layers.{layer}.attention"
         query = self._heads(self.query(hidden), self.query_norm, rotary)
         key = self._heads(self.key(hidden), self.key_norm, rotary)
         value = self._heads(self.value(hidden), None, None)
         query, key = touch(tap, f"{name}.query", query), touch(tap, f"{name}.key", key)
         value = touch(tap, f"{name}.value", value)
-        if cache is not None:
-            key, value = cache.extend(layer, key, value)
-        read = attend(query, key, value, mask, causal, tap, name)
+        if cache is None:
+            read = attend(query, key, value, mask, causal, tap, name)
+        else:
+            read = cache.attend(layer, query, key, value, self.window, tap, name)
         read = read.transpose(1, 2).reshape(*hidden.shape[:-1], self.heads * self.head_dim)
         return touch(tap, f"{name}.output", self.output(touch(tap, f"{name}.read", read)))
 

@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
         self.attention = Attention(
             config.embedding_dim, config.num_heads, config.num_key_value_heads, config.head_dim, config.bias,
-            config.norm_epsilon if config.query_key_norm else None,
+            config.norm_epsilon if config.query_key_norm else None, config.sliding_window,
         )  # fmt: skip
         self.feed_forward_norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
         self.feed_forward = FeedForward(
@@ -161,7 +161,8 @@ class Decoder(nn.Module):
         Args:
             tokens: token ids, int64 [B, T].
             positions: position of each token in its document, [B, T]; counted from the cache's length when None.
-            documents: number of the document of each token, [B, T]: tokens see only their own document.
+            documents: number of the document of each token, [B, T]: tokens see only their own document. Not with a
+                cache, which holds one document a row.
             cache: keys and values of the tokens before these; extended by these.
             tap: shown every named activation, and may replace it.
 
@@ -176,7 +177,7 @@ class Decoder(nn.Module):
             hidden = hidden + self.position_embedding(positions)
         hidden = touch(tap, "embedding", hidden)
         rotary = self._rotary(positions, hidden.dtype)
-        mask, causal = self._mask(tokens.shape[1], start, documents, hidden)
+        mask, causal = self._mask(documents, hidden) if cache is None else (None, True)
         for layer in self.layers:
             hidden = layer(hidden, rotary, mask, causal, cache, tap)
         return touch(tap, "norm", self.norm(hidden))
@@ -193,16 +194,12 @@ class Decoder(nn.Module):
         )
         return rotary_table(positions, frequencies.to(positions.device), dtype)
 
-    def _mask(
-        self, queries: int, start: int, documents: Tensor | None, hidden: Tensor
-    ) -> tuple[Tensor | None, bool]:
+    def _mask(self, documents: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, bool]:
         """The additive mask shared by every layer (None for the plain triangle), and whether no query sees later keys."""
-        mask = Mask(True, self.config.sliding_window, documents)
-        if mask.is_plain(queries, start + queries):
+        mask, queries = Mask(True, self.config.sliding_window, documents), hidden.shape[1]
+        if mask.is_plain(queries, queries):
             return None, queries > 1
-        return additive(
-            mask.seen(queries, start + queries, hidden.device), hidden.dtype
-        ), start == 0 < queries - 1
+        return additive(mask.seen(queries, queries, hidden.device), hidden.dtype), queries > 1
 
 
 def initialize(model: Decoder, seed: int) -> None:
