@@ -11,15 +11,27 @@ from hypothesis import strategies as st
 
 from glasshouse.errors import InputError
 from glasshouse.inference.sampling import (
+    BIAS_BOUNDS,
+    BOUNDS,
+    LONGEST_STOP,
+    MOST_BIASES,
+    MOST_STOPS,
     GenerationConfig,
+    add_bias,
     apply_rules,
     choose,
+    choose_batch,
     draw,
+    expand,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     logit_rules,
+    make_sampler,
+    penalize_occurrence,
     penalize_repetition,
+    rank_answers,
+    require_tokens,
     scale_temperature,
 )
 
@@ -88,6 +100,7 @@ def test_no_temperature_overflows():
 def test_rules_that_change_nothing_are_left_out():
     assert logit_rules(GenerationConfig(1.0)) == []
     assert len(logit_rules(GenerationConfig(0.5, 3, 0.5, 0.1, 1.1))) == 5
+    assert len(logit_rules(GenerationConfig(1.0, presence_penalty=1, logit_bias={1: 1.0}))) == 2
     assert len(logit_rules(GenerationConfig(0, 3, 0.5, 0.1, 1.1))) == 1
 
 
@@ -139,6 +152,33 @@ def test_seed_decides():
         {"min_p": 1.5},
         {"repetition_penalty": 0},
         {"repetition_penalty": -1.0},
+        {"temperature": 1e308},
+        {"temperature": 100.5},
+        {"top_k": 2**31},
+        {"top_k": -5},
+        {"max_new_tokens": 10**9},
+        {"seed": 2**80},
+        {"seed": 10**5000},
+        {"presence_penalty": 2.1},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": -2.1},
+        {"frequency_penalty": "0"},
+        {"n": 0},
+        {"n": 10**6},
+        {"n": 2.0},
+        {"best_of": 0},
+        {"best_of": 65},
+        {"best_of": 2, "n": 3},
+        {"logit_bias": {5: 101}},
+        {"logit_bias": {5: math.nan}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {"5": 1}},
+        {"logit_bias": {True: 1}},
+        {"logit_bias": [(5, 1)]},
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+        {"stop": ("a",) * 65},
+        {"stop": ("a" * 1025,)},
+        {"stop": {"a": 1}},
         {"repetition_penalty": math.inf},
         {"seed": -1},
         {"seed": 2**63},
@@ -157,6 +197,115 @@ def test_every_number_is_checked(wrong):
 def test_the_borders_themselves_are_allowed():
     GenerationConfig(0, 0, 1.0, 0.0, 1.0, 2**63 - 1)
     GenerationConfig(0.0, 10**9, 1e-9, 1.0, 1e-3, 0)
+    for name, bounds in BOUNDS.items():
+        GenerationConfig(**{name: int(bounds.high) if bounds.whole else bounds.high})
+        if not bounds.above:
+            GenerationConfig(**{name: int(bounds.low) if bounds.whole else bounds.low})
+    for edge in (BIAS_BOUNDS.low, BIAS_BOUNDS.high):
+        GenerationConfig(logit_bias=dict.fromkeys(range(MOST_BIASES), edge))
+    GenerationConfig(stop=("a" * LONGEST_STOP,) * MOST_STOPS)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": 10**5000}, {"stop": ("a" * 10**6,)}, {"logit_bias": "x" * 10**6}])
+def test_a_refusal_stays_short(wrong):
+    with pytest.raises(InputError) as refusal:
+        GenerationConfig(**wrong)
+    assert len(str(refusal.value)) < 200
+
+
+def test_every_number_of_a_config_has_bounds():
+    numbers = {
+        name for name, kind in GenerationConfig.__annotations__.items() if kind in (int, float, int | None)
+    }
+    assert numbers == set(BOUNDS)
+
+
+def test_a_bias_for_no_token_is_refused():
+    require_tokens(GenerationConfig(logit_bias={299: 1.0}), 300)
+    with pytest.raises(InputError, match="token 300 in a vocabulary of 300"):
+        require_tokens(GenerationConfig(logit_bias={3: 1.0, 300: 1.0}), 300)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 30), st.floats(-2, 2), st.floats(-2, 2))
+def test_occurrences_are_counted_in_the_answer_alone(tokens, prompt_length, presence, frequency):
+    logits = torch.arange(10.0) - 4
+    found = penalize_occurrence(presence, frequency, prompt_length)(
+        torch.tensor(tokens, dtype=torch.int64), logits
+    )
+    answer = tokens[prompt_length:]
+    for token in range(10):
+        count = answer.count(token)
+        expected = token - 4 - frequency * count - presence * (1 if count else 0)
+        assert float(found[token]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_bias_adds():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, float("-inf"), 5.0]])
+    expected = [[1.0, 102.0, 2.5], [0.0, float("-inf"), 4.5]]
+    assert add_bias({1: 100, 2: -0.5})(NOTHING, logits).tolist() == expected
+
+
+def test_a_large_bias_decides():
+    config = GenerationConfig(1.0, logit_bias={3: 100, 1: -100})
+    sampler = make_sampler(config, 0)
+    assert {int(sampler.choose(NOTHING, torch.tensor([5.0, 30.0, 1.0, 2.0]))) for _ in range(50)} == {3}
+
+
+def mixed_batch(rows):
+    """Requests of every kind in turn, with logits and texts of their own."""
+    random = torch.Generator().manual_seed(5)
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.0},
+        {"temperature": 0, "repetition_penalty": 2.0},
+        {"temperature": 1.5, "top_k": 9, "logit_bias": {3: 4.0}},
+    ]
+    configs = [GenerationConfig(seed=row, **kinds[row % len(kinds)]) for row in range(rows)]
+    texts = [torch.randint(0, 50, (row + 3,), generator=random) for row in range(rows)]
+    allowed = [torch.rand(50, generator=random) < 0.5 if row % 3 == 2 else None for row in range(rows)]
+    return 3 * torch.randn(8, rows, 50, generator=random), configs, texts, allowed
+
+
+def test_a_row_of_a_batch_is_the_row_alone():
+    logits, configs, texts, allowed = mixed_batch(15)
+    together = [make_sampler(config, 2) for config in configs]
+    batched = [choose_batch(step, together, texts, allowed) for step in logits]
+    for row, config in enumerate(configs):
+        alone = make_sampler(config, 2)
+        found = [choose_batch(step[row : row + 1], [alone], [texts[row]], [allowed[row]]) for step in logits]
+        assert [int(one) for one in found] == [int(step[row]) for step in batched]
+    assert len({tuple(map(int, step)) for step in batched}) == len(logits)
+
+
+def test_a_forbidden_token_never_comes():
+    logits, configs, texts, allowed = mixed_batch(15)
+    samplers = [make_sampler(config, 2) for config in configs]
+    for step in logits:
+        chosen = choose_batch(step, samplers, texts, allowed)
+        assert all(mask is None or mask[token] for token, mask in zip(chosen, allowed, strict=True))
+
+
+def test_more_answers_do_not_change_the_first():
+    config = GenerationConfig(0.9, seed=7, n=3, top_k=4)
+    answers = expand(config)
+    assert answers[0] == GenerationConfig(0.9, seed=7, top_k=4)
+    assert len({answer.seed for answer in answers}) == 3
+    more = expand(GenerationConfig(0.9, seed=7, n=3, best_of=5, top_k=4))
+    assert more[:3] == answers
+    assert len(more) == 5
+    assert not {answer.seed for answer in expand(GenerationConfig(seed=8, n=9))} & {
+        answer.seed for answer in more
+    }
+
+
+def test_answers_are_ranked_by_mean_log_probability():
+    probabilities = [[0.5, 0.5], [0.9], [0.9, 0.9, 0.2], [0.5], [0.0, 1.0]]
+    means = [sum(map(math.log, one)) / len(one) for one in probabilities[:4]]
+    assert rank_answers(probabilities, 5) == [1, 2, 0, 3, 4]
+    assert means[1] > means[2] > means[0] == means[3]
+    assert rank_answers(probabilities, 2) == [1, 2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="the oracle is not installed")
@@ -168,11 +317,18 @@ def test_same_as_transformers(seed):
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 200, (1, 30), generator=random)
     logits = 4 * torch.randn(1, 200, generator=random)
+    bias = {int(token): float(4 * seed - 9) for token in torch.randint(0, 200, (5,), generator=random)}
     config = GenerationConfig(
-        0.3 + 0.2 * seed, 5 + 9 * seed, 0.99 - 0.1 * seed, 0.02 * seed, 1 + 0.1 * (seed + 1)
+        0.3 + 0.2 * seed,
+        5 + 9 * seed,
+        0.99 - 0.1 * seed,
+        0.02 * seed,
+        1 + 0.1 * (seed + 1),
+        logit_bias=bias,
     )
     expected = logits
     for processor in (
+        oracle.SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()}),
         oracle.RepetitionPenaltyLogitsProcessor(config.repetition_penalty),
         oracle.TemperatureLogitsWarper(config.temperature),
         oracle.TopKLogitsWarper(config.top_k),

@@ -98,8 +98,8 @@ class NgramModel:
 
     def sample(self, prompt: Sequence[int], config: GenerationConfig) -> Iterator[int]:
         """Draw tokens one at a time under the same rules as a model's, until end_of_document (which is yielded)."""
-        rules, generator = logit_rules(config), torch.Generator().manual_seed(config.seed)
         tokens = [int(token) for token in prompt]
+        rules, generator = logit_rules(config, len(tokens)), torch.Generator().manual_seed(config.seed)
         for _ in range(config.max_new_tokens):
             logits = torch.from_numpy(np.log(self.distribution(tokens)))
             logits = apply_rules(rules, torch.tensor(tokens, dtype=torch.int64), logits)

@@ -165,7 +165,7 @@ class _Decoding:
         alternatives: int,
     ):
         self.model, self.tokenizer, self.config, self.alternatives = model, tokenizer, config, alternatives
-        self.rules: list[LogitRule] = logit_rules(config)
+        self.rules: list[LogitRule] = logit_rules(config, len(start))
         self.generator = torch.Generator().manual_seed(config.seed)
         # Room for the whole text at once: nothing is joined or copied from step to step.
         room = min(len(start) + config.max_new_tokens, model.config.context_length)
