@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from glasshouse.models.decoder import Decoder
+from glasshouse.models.encoder_decoder import EncoderDecoder
 
 IGNORED = -100
 """The label of a position that is not learned from."""
@@ -39,7 +40,25 @@ class TokenBatch:
     documents: Tensor | None
 
 
-Objective = Callable[[Any, TokenBatch], tuple[Tensor, int]]
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Pairs of a source and a target, on the device that trains.
+
+    Args:
+        sources: int64 [B, S], padded on the right.
+        source_mask: bool [B, S], True at tokens; None where nothing is padding.
+        tokens: what the decoder is given, int64 [B, T]: the start token, then the target without its last token.
+        labels: the target, int64 [B, T]; `IGNORED` at padding.
+    """
+
+    sources: Tensor
+    source_mask: Tensor | None
+    tokens: Tensor
+    labels: Tensor
+
+
+Objective = Callable[[Any, Any], tuple[Tensor, int]]
+"""From a model and a batch of its kind to the summed loss and its weight."""
 
 
 def next_token(model: Decoder, batch: TokenBatch) -> tuple[Tensor, int]:
@@ -49,8 +68,32 @@ def next_token(model: Decoder, batch: TokenBatch) -> tuple[Tensor, int]:
     return loss, int((batch.labels != IGNORED).sum())
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of `hidden @ weight.T` against labels, without ever holding all the scores.
+def sequence_to_sequence(smoothing: float = 0.0) -> Objective:
+    """The objective of translation: cross-entropy of each target token given the source and the target before it.
+
+    Args:
+        smoothing: share of each label that is spread evenly over the vocabulary (Szegedy et al. 2016,
+            arXiv:1512.00567, section 7).
+
+    Returns:
+        An objective on a `SequenceBatch`: (sum in nats, number of target tokens).
+    """
+
+    def objective(model: EncoderDecoder, batch: SequenceBatch) -> tuple[Tensor, int]:
+        memory = model.encode(batch.sources, batch.source_mask)
+        hidden = model(batch.tokens, memory=memory, memory_mask=batch.source_mask)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), model.output_weight, batch.labels.flatten(), model.logit_bias, smoothing
+        )
+        return loss, int((batch.labels != IGNORED).sum())
+
+    return objective
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Summed cross-entropy of `hidden @ weight.T + bias` against labels, without ever holding all the scores.
 
     The gradient is taken chunk by chunk in the forward pass, as in Liger kernel (arXiv:2410.10989): the scores of a
     chunk are turned into their own gradient and dropped.
@@ -59,43 +102,63 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden: [N, D].
         weight: [V, D].
         labels: int64 [N]; `IGNORED` rows count nothing.
+        bias: [V], or None.
+        smoothing: share of each label that is spread evenly over all V.
 
     Returns:
         The sum in nats, a float32 scalar.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, smoothing)  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]  # pyright: ignore[reportAttributeAccessIssue]
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        smoothing: float,
+    ) -> Tensor:
+        wanted = any(ctx.needs_input_grad)  # pyright: ignore[reportAttributeAccessIssue]
         hidden_gradient = torch.empty_like(hidden) if wanted else None
         weight_gradient: Tensor | None = None
+        bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         rows = max(1, CHUNK_SCORES // weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        even = smoothing / weight.shape[0]
         for start in range(0, hidden.shape[0], rows):
             piece, label = hidden[start : start + rows], labels[start : start + rows, None]
             learned = label != IGNORED
-            scores = torch.log_softmax(piece @ weight.T, dim=-1, dtype=torch.float32)
+            logits = torch.nn.functional.linear(piece, weight, bias)
+            scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             target = label.clamp_min(0)
-            total -= (scores.gather(1, target) * learned).sum()
+            total -= (1 - smoothing) * (scores.gather(1, target) * learned).sum()
+            if smoothing:
+                total -= even * (scores.sum(1, keepdim=True) * learned).sum()
             if hidden_gradient is None:
                 continue
-            gradient = scores.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            gradient = gradient.mul_(learned).to(hidden.dtype)
+            off = torch.full_like(target, smoothing - 1, dtype=torch.float32)
+            gradient = scores.exp_().scatter_add_(1, target, off)
+            gradient = gradient.sub_(even) if smoothing else gradient
+            gradient = gradient.mul_(learned)
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+            gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=hidden_gradient[start : start + rows])
             product = gradient.T @ piece
             if weight_gradient is None:
                 weight_gradient = product if start + rows >= hidden.shape[0] else product.float()
             else:
                 weight_gradient += product
-        ctx.save_for_backward(hidden_gradient, weight_gradient)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = upstream.to(hidden_gradient.dtype)
-        return hidden_gradient * scale, (weight_gradient * upstream).to(hidden_gradient.dtype), None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
+        scale, dtype = upstream.to(hidden_gradient.dtype), hidden_gradient.dtype
+        bias = None if bias_gradient is None else (bias_gradient * upstream).to(dtype)
+        return hidden_gradient * scale, (weight_gradient * upstream).to(dtype), None, bias, None
