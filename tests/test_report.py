@@ -289,6 +289,21 @@ def test_front_matter_is_what_the_hub_reads(run: Run):
     assert (found.metric_value, found.metric_type) == (0.5487, "bits_per_byte")
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("Apache-2.0", ("apache-2.0", None)),
+        ("our own terms", ("other", "our own terms")),
+        ("", ("other", "not-declared")),
+    ],
+)
+def test_the_card_says_the_licence_that_was_named(run: Run, named: str, expected: tuple[str, str | None]):
+    run.update(licence=named)
+    write_report(run)
+    head = front_matter(run)
+    assert (head["license"], head.get("license_name")) == expected
+
+
 def test_front_matter_takes_any_name(tmp_path: Path):
     corpus = make_corpus(tmp_path / "runs" / "corpus", source=HOSTILE, licence="weird: licence\n---\n")
     run = make_run(tmp_path / "runs" / 'ba: "se" #\n---', corpus)

@@ -153,8 +153,11 @@ def _identifiers(facts: Facts) -> list[str]:
 
 def model_head(facts: Facts) -> Row:
     """Front matter of a model card (Hugging Face's model card metadata)."""
+    named = str(facts.run.get("licence") or "")
+    known = HUB_LICENCES.get(named.lower())
+    licence = {"license": known} if known else {"license": "other", "license_name": named or "not-declared"}
     head: Row = {
-        "license": "other", "license_name": "not-declared", "language": facts.languages or ["und"], "library_name": "transformers",
+        **licence, "language": facts.languages or ["und"], "library_name": "transformers",
         "pipeline_tag": "text-generation", "tags": ["glasshouse", "causal-lm", "from-scratch"],
         "datasets": _identifiers(facts),
     }  # fmt: skip

@@ -85,6 +85,7 @@ class PretrainConfig:
         dtype: auto, float32 or bfloat16.
         threads: CPU threads; 0 for all.
         seed: every random choice follows from it.
+        licence: under which you release the weights, as the Hugging Face hub writes it ("apache-2.0"); for the card.
     """
 
     corpus: Path
@@ -120,6 +121,7 @@ class PretrainConfig:
     dtype: str = "auto"
     threads: int = 0
     seed: int = 0
+    licence: str = ""
 
 
 @dataclass
@@ -266,7 +268,7 @@ def _measure(
     plan = settle(request, optimization, device, corpus.vocab_size, train.tokens)
     require_free(run.path, 3 * model_memory(plan.shape.model, optimization, device.compute_dtype))
     run.update(shape=asdict(plan.shape), compiled=plan.compiled, predicted=asdict(predict(plan, optimization, device)),
-               device=asdict(device), seed=config.seed, optimization=asdict(optimization),
+               device=asdict(device), seed=config.seed, licence=config.licence, optimization=asdict(optimization),
                matmul_rate=matmul_rate(device), baseline_memory=baseline)  # fmt: skip
 
 
