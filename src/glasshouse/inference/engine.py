@@ -1,90 +1,212 @@
-"""The only path by which anything generates: a prompt's tokens in, tokens with their text and their odds out.
+"""The only path by which anything generates: prompts' tokens in, tokens with their text and their odds out.
 
-The prompt is read once into the cache, then one token at a time is chosen, shown and read. Knows models and
-tokenizers; nothing of files, terminals or servers.
+Knows models and tokenizers; nothing of files, terminals or servers.
 """
 
+import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from glasshouse.errors import InputError
 from glasshouse.inference.cache import ContiguousCache
-from glasshouse.inference.sampling import GenerationConfig, LogitRule, apply_rules, choose, logit_rules
+from glasshouse.inference.request import EngineSettings, EngineStatistics, Event, QueueFull, Request, Token
+from glasshouse.inference.sampling import GenerationConfig, require_tokens
+from glasshouse.inference.schedule import Answer
 from glasshouse.models.decoder import Decoder
 from glasshouse.text.tokenizer import Tokenizer
 
 
-class Alternative(NamedTuple):
-    """A token that might have come: its id, its text, and its probability under the model itself."""
+def require_request(request: Request, model: Decoder, tokenizer: Tokenizer) -> None:
+    """Refuse what can never run.
 
-    id: int
-    text: str
-    probability: float
+    Raises:
+        InputError: the prompt leaves no room in the model's context, or something names an id that is no token.
+    """
+    length, context = max(len(request.prompt), 1), model.config.context_length
+    if length >= context:
+        raise InputError(
+            f"the prompt has {length:,} tokens and the model reads at most {context:,}, the new ones included",
+            "prompt", "shorten the prompt",
+        )  # fmt: skip
+    if request.prompt and (min(request.prompt) < 0 or max(request.prompt) >= model.config.vocab_size):
+        raise InputError(
+            f"token {max(request.prompt)} in a vocabulary of {model.config.vocab_size:,}",
+            "prompt",
+            "use the model's tokenizer",
+        )
+    require_tokens(request.config, tokenizer.vocab_size)
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated token.
+class Engine:
+    """Answers many requests at once.
+
+    `submit` and `cancel` may be called from any thread; `step`, `stream` and `complete` by one at a time.
 
     Args:
-        id: its number.
-        text: the text that became certain with it: never half a character, nothing of a stop string; may be empty, and
-            may hold text of earlier tokens. All texts joined are the answer.
-        probability: of this token under the model itself: temperature 1, no rule applied.
-        rank: its place among all tokens by that probability, from 1.
-        entropy: of that distribution, in nats.
-        alternatives: the likeliest tokens, as many as were asked for.
-        finish: why this is the last token: "end" (the model closed the document), "stop" (a stop string) or "length"
-            (max_new_tokens or the model's context is used up); empty while there are more.
+        model: a decoder in evaluation mode.
+        tokenizer: the one it was trained with.
+        settings: what it may use.
     """
 
-    id: int
-    text: str
-    probability: float
-    rank: int
-    entropy: float
-    alternatives: tuple[Alternative, ...] = ()
-    finish: str = ""
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, settings: EngineSettings | None = None):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings or EngineSettings()
+        self._lock, self._tickets = threading.Lock(), itertools.count()
+        self._waiting: deque[Answer] = deque()
+        self._running: list[tuple[Answer, ContiguousCache]] = []
+        self._cancelled: set[int] = set()
+        self._steps = self._tokens = self._prompt_tokens = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self._running
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """How it is doing."""
+        return EngineStatistics(
+            len(self._waiting),
+            len(self._running),
+            0,
+            0,
+            self._steps,
+            self._prompt_tokens,
+            self._tokens,
+            0,
+            0,
+            0,
+        )
+
+    def submit(self, request: Request) -> int:
+        """Put a request into the queue.
+
+        Returns:
+            Its ticket, by which events name it.
+
+        Raises:
+            QueueFull: too many wait.
+            InputError: it can never run.
+        """
+        require_request(request, self.model, self.tokenizer)
+        with self._lock:
+            if (
+                len(self._waiting) >= self.settings.max_queue
+                and len(self._running) >= self.settings.max_batch
+            ):
+                raise QueueFull(f"{len(self._waiting)} requests wait", "", "try again later")
+            answer = Answer(next(self._tickets), request, self.tokenizer, self.model.config.context_length)
+            self._waiting.append(answer)
+            return answer.ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a request: no event of it comes from a later step, and its place is free. Unknown tickets do nothing."""
+        with self._lock:
+            self._cancelled.add(ticket)
+
+    def step(self) -> list[Event]:
+        """One token for each running request.
+
+        Returns:
+            What happened, in the order of the requests; empty when there is nothing to do.
+        """
+        with self._lock:
+            gone, self._cancelled = self._cancelled, set()
+            self._waiting = deque(answer for answer in self._waiting if answer.ticket not in gone)
+            self._running = [pair for pair in self._running if pair[0].ticket not in gone]
+            while self._waiting and len(self._running) < self.settings.max_batch:
+                cache = ContiguousCache(self.model.config.num_layers)
+                self._running.append((self._waiting.popleft(), cache))
+        events = [self._advance(answer, cache) for answer, cache in self._running]
+        over = {event.ticket for event in events if event.is_last}
+        self._running = [pair for pair in self._running if pair[0].ticket not in over]
+        self._steps += 1
+        return events
+
+    @torch.inference_mode()
+    def _advance(self, answer: Answer, cache: ContiguousCache) -> Event:
+        try:
+            unread = torch.tensor([answer.tokens[cache.length :]])
+            hidden = self.model(unread, cache=cache)[0, -1]
+            # An embedding may have more rows than there are tokens, to make its size round.
+            logits = self.model.logits(hidden)[: self.tokenizer.vocab_size].float()
+            constraint = answer.request.constraint
+            allowed = None if constraint is None else constraint.allowed()
+            chosen = answer.sampler.choose(torch.tensor(answer.tokens), logits, allowed)
+            number, logarithm, rank, entropy = _odds(logits, chosen).tolist()
+            if not math.isfinite(logarithm):
+                raise InputError(
+                    "the model's logits are not finite numbers",
+                    "model",
+                    "its weights are damaged or training diverged",
+                )
+            if constraint is not None:
+                constraint.advance(int(number))
+            self._tokens += 1
+            likeliest = _likeliest(logits, answer.request.alternatives)
+            return Event(answer.ticket, answer.write(int(number), (logarithm, int(rank), entropy), likeliest))
+        except Exception as error:
+            return Event(answer.ticket, None, error)
+
+    def stream(self, request: Request) -> Iterator[Token]:
+        """Submit a request and go on until it is done; leaving the iterator early cancels it.
+
+        Raises:
+            InputError: it can never run; while iterating, it failed.
+        """
+        return self._drive(self.submit(request))
+
+    def _drive(self, ticket: int) -> Iterator[Token]:
+        done = False
+        try:
+            while not done:
+                for event in self.step():
+                    if event.ticket != ticket:
+                        continue
+                    done = event.is_last
+                    if event.token is None:
+                        raise event.error or RuntimeError("failed without an error")
+                    yield event.token
+        finally:
+            if not done:
+                self.cancel(ticket)
+
+    def complete(self, requests: Sequence[Request]) -> list[list[Token]]:
+        """Answer many requests together.
+
+        Returns:
+            The tokens of each, in order.
+
+        Raises:
+            InputError: one can never run, or failed.
+        """
+        answers: dict[int, list[Token]] = {self.submit(request): [] for request in requests}
+        while not self.is_idle:
+            for event in self.step():
+                if event.token is None:
+                    raise event.error or RuntimeError("failed without an error")
+                if event.ticket in answers:
+                    answers[event.ticket].append(event.token)
+        return list(answers.values())
 
 
-class StopFilter:
-    """Text that arrives in pieces, held back while it might turn out to be part of a stop string.
-
-    Args:
-        stops: the strings to end before; none of them empty.
-    """
-
-    def __init__(self, stops: Collection[str]):
-        self._stops = tuple(stops)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, piece: str) -> str:
-        """The text that is now certain to belong to the answer; sets `stopped` when a stop string is complete."""
-        held = self._held + piece
-        places = [place for place in (held.find(stop) for stop in self._stops) if place >= 0]
-        if places:
-            self.stopped, self._held = True, ""
-            return held[: min(places)]
-        certain = len(held) - max((_overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[certain:]
-        return held[:certain]
-
-    def flush(self) -> str:
-        """What is still held, when nothing more will come."""
-        held, self._held = self._held, ""
-        return held
+def _likeliest(logits: Tensor, count: int) -> list[tuple[int, float]]:
+    if not count:
+        return []
+    top = logits.softmax(-1).topk(min(count, len(logits)))
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+def _odds(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Id, log-probability, rank and entropy (nats) of the chosen token under softmax(logits): float64 [4]."""
+    logs = logits.log_softmax(-1)
+    rank = (logits > logits[chosen]).sum() + 1
+    entropy = -(logs.exp() * logs).nan_to_num(0.0).sum()  # 0 · log 0 is 0
+    return torch.stack([chosen.double(), logs[chosen].double(), rank.double(), entropy.double()])
 
 
 def generate(
@@ -96,7 +218,7 @@ def generate(
     alternatives: int = 0,
     end_tokens: Collection[int] = (),
 ) -> Iterator[Token]:
-    """Continue a prompt, one token at a time.
+    """Continue one prompt with an engine of its own, one token at a time.
 
     Args:
         model: a decoder in evaluation mode.
@@ -107,113 +229,104 @@ def generate(
         end_tokens: tokens that end the answer, besides the tokenizer's end_of_document.
 
     Returns:
-        An iterator of tokens; the last one says why it is the last. Leaving it early costs nothing.
+        An iterator of tokens; the last one says why it is the last.
 
     Raises:
         InputError: the prompt leaves no room in the model's context, or holds an id that is no token; while
             iterating, the model's logits are not finite.
     """
-    start = list(prompt) or [tokenizer.end_of_document]
-    room = model.config.context_length - len(start)
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(start):,} tokens and the model reads at most {model.config.context_length:,}, "
-            "the new ones included", "prompt", "shorten the prompt",
-        )  # fmt: skip
-    if min(start) < 0 or max(start) >= model.config.vocab_size:
-        raise InputError(
-            f"token {max(start)} in a vocabulary of {model.config.vocab_size:,}",
-            "prompt",
-            "use the model's tokenizer",
-        )
-    decoding = _Decoding(model, tokenizer, start, config, alternatives)
-    return _tokens(decoding, {tokenizer.end_of_document, *end_tokens})
+    request = Request(tuple(prompt), config, alternatives, frozenset(end_tokens))
+    return Engine(model, tokenizer, EngineSettings(max_batch=1)).stream(request)
 
 
-def _tokens(decoding: "_Decoding", ends: set[int]) -> Iterator[Token]:
-    """Tokens with their text, up to the end."""
-    stream, stop_filter = decoding.tokenizer.decode_stream(), StopFilter(decoding.config.stop)
-    while True:
-        token, probability, rank, entropy, likeliest = decoding.step()
-        text = stop_filter.push(stream.step(token))
-        finish = (
-            "stop"
-            if stop_filter.stopped
-            else "end"
-            if token in ends
-            else "length"
-            if decoding.is_full
-            else ""
-        )
-        if finish in ("end", "length"):
-            text += stop_filter.push(stream.flush())
-            text += stop_filter.flush()
-        yield Token(token, text, probability, rank, entropy, likeliest, finish)
-        if finish:
-            return
+class EngineThread:
+    """Drives an engine in a thread of its own and tells each request's listener what happens to it.
 
+    Listeners are called in that thread and must be quick; one that raises loses its request and disturbs nobody else.
 
-class _Decoding:
-    """A prompt being continued: what was read, and the choice of the next token."""
+    Args:
+        engine: to be driven by nobody else.
+    """
 
-    def __init__(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        start: list[int],
-        config: GenerationConfig,
-        alternatives: int,
-    ):
-        self.model, self.tokenizer, self.config, self.alternatives = model, tokenizer, config, alternatives
-        self.rules: list[LogitRule] = logit_rules(config, len(start))
-        self.generator = torch.Generator().manual_seed(config.seed)
-        # Room for the whole text at once: nothing is joined or copied from step to step.
-        room = min(len(start) + config.max_new_tokens, model.config.context_length)
-        self.cache = ContiguousCache(model.config.num_layers, room)
-        self.text = torch.empty(room, dtype=torch.int64, device=model.output_weight.device)
-        self.text[: len(start)] = torch.tensor(start)
-        self.length = len(start)
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._listeners: dict[int, Callable[[Event], None]] = {}
+        self._condition = threading.Condition()
+        self._stopping, self._thread = False, threading.Thread(target=self._run, name="engine", daemon=True)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no further token is allowed."""
-        return self.length == len(self.text)
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
 
-    @torch.inference_mode()
-    def step(self) -> tuple[int, float, int, float, tuple[Alternative, ...]]:
-        """Read what was not read yet and choose one token: its id, probability, rank, entropy and alternatives.
+    def stop(self, drain_seconds: float = 0.0) -> bool:
+        """Take no more requests, finish those there are for at most so long, end the thread and drop the rest.
 
-        The device is waited for once, when the numbers are fetched.
+        Requests that were dropped get an event with an error.
+
+        Returns:
+            Whether every request was finished.
         """
-        unread = self.text[self.cache.length : self.length]
-        hidden = self.model(unread[None], cache=self.cache)[0, -1]
-        # An embedding may have more rows than there are tokens, to make its size round.
-        logits = self.model.logits(hidden)[: self.tokenizer.vocab_size].float()
-        chosen = choose(
-            apply_rules(self.rules, self.text[: self.length], logits), self.config, self.generator
-        )
-        self.text[self.length] = chosen
-        self.length += 1
-        numbers = _odds(logits, chosen).tolist()
-        if not math.isfinite(numbers[1]):
-            raise InputError(
-                "the model's logits are not finite numbers",
-                "model",
-                "its weights are damaged or training diverged",
-            )
-        return int(numbers[0]), math.exp(numbers[1]), int(numbers[2]), numbers[3], self._likeliest(logits)
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+            drained = self._condition.wait_for(lambda: not self._listeners, drain_seconds)
+            left = list(self._listeners)
+            self._stopped = True
+            self._condition.notify_all()
+        self._thread.join()
+        for ticket in left:
+            self._tell(Event(ticket, None, InputError("the engine was stopped", "", "start it again")))
+        return drained
 
-    def _likeliest(self, logits: Tensor) -> tuple[Alternative, ...]:
-        if not self.alternatives:
-            return ()
-        top = logits.softmax(-1).topk(min(self.alternatives, len(logits)))
-        texts = [self.tokenizer.decode([token], keep_special=True) for token in top.indices.tolist()]
-        return tuple(map(Alternative, top.indices.tolist(), texts, top.values.tolist()))
+    _stopped = False
 
+    def submit(self, request: Request, listener: Callable[[Event], None]) -> int:
+        """Put a request into the queue; thread-safe.
 
-def _odds(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Id, log-probability, rank and entropy (nats) of the chosen token under softmax(logits): float64 [4]."""
-    logs = logits.log_softmax(-1)
-    rank = (logits > logits[chosen]).sum() + 1
-    entropy = -(logs.exp() * logs).nan_to_num(0.0).sum()  # 0 · log 0 is 0
-    return torch.stack([chosen.double(), logs[chosen].double(), rank.double(), entropy.double()])
+        Args:
+            request: what to continue.
+            listener: called with each event of it, from the engine's thread.
+
+        Returns:
+            Its ticket.
+
+        Raises:
+            QueueFull: too many wait, or the engine is stopping.
+            InputError: it can never run.
+        """
+        with self._condition:
+            if self._stopping:
+                raise QueueFull("the engine is stopping", "", "try again later")
+            ticket = self.engine.submit(request)
+            self._listeners[ticket] = listener
+            self._condition.notify_all()
+            return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a request; its listener hears nothing more. Thread-safe."""
+        self.engine.cancel(ticket)
+        with self._condition:
+            self._listeners.pop(ticket, None)
+            self._condition.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._stopped or not self.engine.is_idle)
+                if self._stopped:
+                    return
+            for event in self.engine.step():
+                self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        with self._condition:
+            listener = self._listeners.get(event.ticket)
+            if event.is_last:
+                self._listeners.pop(event.ticket, None)
+                self._condition.notify_all()
+        if listener is None:
+            return
+        try:
+            listener(event)
+        except Exception:  # whoever listens broke, not the engine
+            self.cancel(event.ticket)

@@ -7,7 +7,8 @@ import torch
 
 from glasshouse.device import Device
 from glasshouse.errors import InputError
-from glasshouse.inference.engine import GenerationConfig, generate
+from glasshouse.inference.engine import generate
+from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder
 from glasshouse.text.packing import Batch, Split, batch, take_rows
 from glasshouse.text.tokenizer import Tokenizer
