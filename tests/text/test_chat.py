@@ -131,16 +131,47 @@ content = st.lists(st.sampled_from([*SPECIAL_TOKENS, "hi", "\n", "<|im_", "end|>
 def test_segments_join_to_the_text_and_only_the_template_writes_special_tokens(contents: list[str]):
     messages = [{"role": "user", "content": text} for text in contents]
     segments = render_segments(CHATML_TEMPLATE, messages, SPECIAL_TOKENS, add_generation_prompt=True)
-    assert "".join(text for text, _ in segments) == render(
+    assert "".join(one.text for one in segments) == render(
         CHATML_TEMPLATE, messages, add_generation_prompt=True
     )
-    special = [text for text, is_special in segments if is_special]
+    special = [one.text for one in segments if one.special]
     assert special == ["<|im_start|>", "<|im_end|>"] * len(messages) + ["<|im_start|>"]
 
 
 def test_segments_hide_special_tokens_in_tools_too():
     tool = {"type": "function", "function": {"name": "<|im_end|>", "description": "<|im_start|>system"}}
     segments = render_segments(CHATML_TEMPLATE, CONVERSATION[1:2], SPECIAL_TOKENS, [tool])
-    assert sum(is_special for _, is_special in segments) == 4
-    assert "".join(text for text, _ in segments) == render(CHATML_TEMPLATE, CONVERSATION[1:2], [tool])
-    assert render_segments("a{{ 1 }}", [], []) == [("a1", False)]
+    assert sum(one.special for one in segments) == 4
+    assert "".join(one.text for one in segments) == render(CHATML_TEMPLATE, CONVERSATION[1:2], [tool])
+    assert render_segments("a{{ 1 }}", [], []) == [("a1", False, False)]
+
+
+roles = st.sampled_from(["system", "user", "assistant", "tool"])
+turns = st.lists(st.builds(lambda role, text: {"role": role, "content": text}, roles, content), max_size=6)
+
+
+@given(turns)
+@settings(deadline=None, max_examples=25)
+def test_an_answer_begins_where_the_model_was_asked_for_it(messages: list[dict[str, str]]):
+    """The pieces up to each answer are those that the model was given when it wrote it."""
+    segments = render_segments(CHATML_TEMPLATE, messages, SPECIAL_TOKENS)
+    asked = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    begins = [
+        place
+        for place, one in enumerate(segments)
+        if one.answer and not (place and segments[place - 1].answer)
+    ]
+    for number in asked:
+        prompt = render_segments(CHATML_TEMPLATE, messages[:number], SPECIAL_TOKENS, None, True)
+        assert segments[: len(prompt)] == prompt
+        assert len(prompt) in begins
+    answers = "".join(one.text for one in segments if one.answer)
+    assert answers == "".join(messages[number]["content"] + "<|im_end|>\n" for number in asked)
+
+
+def test_a_template_that_rewrites_the_past_has_no_answers():
+    template = "{% for m in messages %}{% if loop.last %}{{ m.role }}:{% endif %}{{ m.content }};{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    segments = render_segments(template, messages, [])
+    assert [one.text for one in segments] == ["a;assistant:b;"]
+    assert not segments[0].answer

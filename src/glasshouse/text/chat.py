@@ -9,13 +9,15 @@ spelled.
 import hashlib
 import json
 import re
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import wraps
-from typing import Any, NoReturn
+from functools import lru_cache, wraps
+from itertools import pairwise
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -71,6 +73,10 @@ TEXT_METHODS = (
     "capitalize count endswith find index isalnum isalpha isdigit isspace join lower lstrip replace rfind rsplit "
     "rstrip split splitlines startswith strip swapcase title upper removeprefix removesuffix"
 )
+WHERE = "chat_template"
+BORDERED_MESSAGES = 200
+"""Longer conversations are not cut where answers begin: each cut costs two more renderings."""
+
 TOTAL_FACTOR = 32
 """How many times the longest text all texts together may be long that a template makes on its way."""
 
@@ -107,21 +113,26 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with a budget: made for one rendering."""
+    """Jinja's sandbox with a budget for each rendering."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, limits: RenderLimits):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.finalize = self._measure_output
-        self._limits, self._operations, self._characters = limits, 0, 0
-        self._deadline = time.monotonic() + limits.seconds
+        self._limits = limits
+        self.begin()
         self.filters = {name: self._spending(self.filters[name]) for name in FILTERS.split()}
         self.filters["tojson"] = self._spending(_to_json)
         self.filters |= {"join": self._join, "indent": self._indent, "replace": self._replace}
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals = kept | {"raise_exception": _refuse, "strftime_now": _now}
         self.globals |= {"__count": self._count, "__join": self._join_texts}
+
+    def begin(self) -> None:
+        """A rendering begins, with the whole budget."""
+        self._operations = self._characters = 0
+        self._deadline = time.monotonic() + self._limits.seconds
 
     def spend(self, characters: int = 0) -> None:
         """One operation that makes a text of some length.
@@ -269,6 +280,57 @@ def _now(pattern: str) -> str:
     return datetime.now().strftime(pattern[:100])
 
 
+class _Renderer:
+    """A template compiled once, which takes longer than a rendering; one rendering at a time has its budget."""
+
+    def __init__(self, template: str, limits: RenderLimits):
+        if len(template) > limits.template_characters:
+            raise InputError(
+                f"longer than {limits.template_characters:,} characters", WHERE, "use a shorter template"
+            )
+        self._limits, self._lock = limits, threading.Lock()
+        self._environment = _Environment(limits)
+        try:
+            self._compiled = self._environment.bounded(template)
+        except (TemplateError, RecursionError) as error:
+            raise InputError(
+                f"the chat template is not valid: {error}", WHERE, "use the template the model came with"
+            ) from None
+
+    def render(self, given: Mapping[str, Any]) -> str:
+        """The text of a template given these names."""
+        try:
+            with self._lock:
+                return self._join(given)
+        except _BudgetError as error:
+            raise InputError(
+                f"the chat template was stopped: {error}", WHERE, "use another template"
+            ) from None
+        except (TemplateError, RecursionError) as error:
+            raise InputError(
+                f"the chat template refuses: {error}", WHERE, "check the messages, or the template"
+            ) from None
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, MemoryError) as error:
+            raise InputError(
+                f"the chat template fails on these messages: {error}", WHERE, "give each a role and a content"
+            ) from None
+
+    def _join(self, given: Mapping[str, Any]) -> str:
+        self._environment.begin()
+        pieces, size = [], 0
+        for piece in self._compiled.generate(**given):
+            size += len(piece)
+            if size > self._limits.output_characters:
+                raise _BudgetError("it makes a text too long")
+            pieces.append(piece)
+        return "".join(pieces)
+
+
+@lru_cache(maxsize=8)
+def _renderer(template: str, limits: RenderLimits) -> _Renderer:
+    return _Renderer(template, limits)
+
+
 def render(
     template: str,
     messages: Sequence[Message],
@@ -290,31 +352,22 @@ def render(
     Raises:
         InputError: the template is not valid, forbids these messages, or goes over a limit.
     """
-    limits, where = limits or RenderLimits(), "chat_template"
-    if len(template) > limits.template_characters:
-        raise InputError(
-            f"longer than {limits.template_characters:,} characters", where, "use a shorter template"
-        )
-    environment, pieces, size = _Environment(limits), [], 0
-    given = {**(names or {}), "messages": messages, "tools": tools}
-    try:
-        compiled = environment.bounded(template)
-        for piece in compiled.generate(**given, add_generation_prompt=add_generation_prompt):
-            size += len(piece)
-            if size > limits.output_characters:
-                raise _BudgetError("it makes a text too long")
-            pieces.append(piece)
-    except _BudgetError as error:
-        raise InputError(f"the chat template was stopped: {error}", where, "use another template") from None
-    except (TemplateError, RecursionError) as error:
-        raise InputError(
-            f"the chat template refuses: {error}", where, "check the messages, or the template"
-        ) from None
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, MemoryError) as error:
-        raise InputError(
-            f"the chat template fails on these messages: {error}", where, "give each a role and a content"
-        ) from None
-    return "".join(pieces)
+    given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+    return _renderer(template, limits or RenderLimits()).render({**(names or {}), **given})
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation.
+
+    Args:
+        text: what is written.
+        special: whether it is a special token, written by the template itself.
+        answer: whether it is the assistant's: what a model writes after the beginning of its turn.
+    """
+
+    text: str
+    special: bool
+    answer: bool
 
 
 def render_segments(
@@ -324,11 +377,12 @@ def render_segments(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     names: Mapping[str, Any] | None = None,
-) -> list[tuple[str, bool]]:
+) -> list[Segment]:
     """Render messages into pieces of text and special tokens, the latter only where the template itself wrote them.
 
     A message that spells a special token keeps it as text: its spellings are replaced by numbers that occur nowhere
-    before the template runs, and put back afterwards.
+    before the template runs, and put back afterwards. A piece ends where an assistant's answer begins, as it did when
+    the model was asked for that answer: so the same conversation has the same tokens in training and in serving.
 
     Args:
         template: the model's own.
@@ -339,32 +393,70 @@ def render_segments(
         names: see `render`.
 
     Returns:
-        (text, whether it is a special token), in order; the texts joined are what `render` gives.
+        The pieces in order; their texts joined are what `render` gives.
     """
-    spellings = sorted(special, key=len, reverse=True)
-    if not spellings:
-        return [(render(template, messages, tools, add_generation_prompt, names=names), False)]
-    found = re.compile("|".join(map(re.escape, spellings)))
-    everything = json.dumps([messages, tools], default=str)
-    stem = str(int(hashlib.sha256(everything.encode("utf-8", "replace")).hexdigest(), 16))[:40]
-    masked = {text: f"{stem}{number:04d}" for number, text in enumerate(spellings)}
-    unmask = re.compile(f"{stem}([0-9]{{4}})")
+    mask = _Mask(special, json.dumps([messages, tools], default=str))
+    hidden, hidden_tools = mask.hide(messages), mask.hide(tools)
 
-    def hide(value: Any) -> Any:
+    def rendered(count: int, prompt: bool) -> str:
+        return render(template, hidden[:count], hidden_tools, prompt, names=names)
+
+    text = rendered(len(messages), add_generation_prompt)
+    answers = _answers(hidden, rendered, text)
+    borders = sorted({0, len(text), *(border for answer in answers for border in answer)})
+    return [
+        segment
+        for start, stop in pairwise(borders)
+        for segment in mask.segments(text[start:stop], (start, stop) in answers)
+    ]
+
+
+def _answers(messages: Any, rendered: Callable[[int, bool], str], text: str) -> set[tuple[int, int]]:
+    """Where the assistant's answers begin and end in the text of a conversation.
+
+    An answer begins where the text of the messages before it, ended by the beginning of an assistant's turn, ends. A
+    template that writes earlier messages otherwise once later ones follow has no such place for them.
+    """
+    found: set[tuple[int, int]] = set()
+    for number, message in enumerate(messages if len(messages) <= BORDERED_MESSAGES else ()):
+        if not isinstance(message, Mapping) or message.get("role") != "assistant":
+            continue
+        try:
+            before, whole = rendered(number, True), rendered(number + 1, False)
+        except InputError:
+            continue
+        if len(before) < len(whole) and text.startswith(whole) and whole.startswith(before):
+            found.add((len(before), len(whole)))
+    return found
+
+
+class _Mask:
+    """Spellings of special tokens inside messages, replaced by numbers while the template runs."""
+
+    def __init__(self, special: Iterable[str], everything: str):
+        self._spellings = sorted(special, key=len, reverse=True)
+        self._found = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
+        digest = hashlib.sha256(everything.encode("utf-8", "replace")).hexdigest()
+        stem = str(int(digest, 16))[:40]
+        self._masked = {text: f"{stem}{number:04d}" for number, text in enumerate(self._spellings)}
+        self._unmask = re.compile(f"{stem}([0-9]{{4}})")
+
+    def hide(self, value: Any) -> Any:
+        """The same value without any spelling."""
         if isinstance(value, str):
-            return found.sub(lambda match: masked[match.group()], value)
+            return self._found.sub(lambda match: self._masked[match.group()], value)
         if isinstance(value, Mapping):
-            return {hide(key): hide(item) for key, item in value.items()}
-        return [hide(item) for item in value] if isinstance(value, list | tuple) else value
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list | tuple) else value
 
-    text = render(template, hide(messages), hide(tools), add_generation_prompt, names=names)
-    segments: list[tuple[str, bool]] = []
-    start = 0
-    for match in [*found.finditer(text), None]:
-        piece = text[start : match.start() if match else len(text)]
-        if piece:
-            segments.append((unmask.sub(lambda mask: spellings[int(mask.group(1))], piece), False))
-        if match:
-            segments.append((match.group(), True))
-            start = match.end()
-    return segments
+    def segments(self, text: str, answer: bool) -> Iterator[Segment]:
+        """The pieces of a rendered text, with the spellings back in their places."""
+        start = 0
+        for match in [*self._found.finditer(text), None]:
+            piece = text[start : match.start() if match else len(text)]
+            if piece:
+                plain = self._unmask.sub(lambda found: self._spellings[int(found.group(1))], piece)
+                yield Segment(plain, False, answer)
+            if match:
+                yield Segment(match.group(), True, answer)
+                start = match.end()

@@ -27,7 +27,7 @@ from glasshouse.text.byte_pair import (
     piece_bytes,
     surrogate_bytes,
 )
-from glasshouse.text.chat import CHATML_TEMPLATE, Message, render_segments
+from glasshouse.text.chat import CHATML_TEMPLATE, Message, Segment, render_segments
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -153,6 +153,16 @@ class Tokenizer:
         Raises:
             InputError: there is no template, or it refuses the messages.
         """
+        segments = self.chat_segments(messages, tools, add_generation_prompt)
+        return [number for segment in segments for number in self.encode_segment(segment)]
+
+    def chat_segments(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[Segment]:
+        """The pieces of a conversation in the model's own chat template: see `encode_chat`."""
         if not self.chat_template:
             raise InputError(
                 "this model has no chat template", TEMPLATE_FILE, "use a model trained on conversations"
@@ -160,14 +170,13 @@ class Tokenizer:
         names = {
             role: self._parsing.id_to_token(self._named(role)) for role in ROLES if self._settings.get(role)
         }
-        segments = render_segments(
+        return render_segments(
             self.chat_template, messages, self.special, tools, add_generation_prompt, names
         )
-        return [
-            number
-            for text, is_special in segments
-            for number in ([self.special[text]] if is_special else self.encode(text))
-        ]
+
+    def encode_segment(self, segment: Segment) -> list[int]:
+        """The ids of one piece of a rendered conversation."""
+        return [self.special[segment.text]] if segment.special else self.encode(segment.text)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes: what is valid UTF-8 as text, each other byte as its own token.
