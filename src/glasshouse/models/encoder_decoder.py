@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.models.attention import Attention, Mask, additive, attend
-from glasshouse.models.layers import Embedding, FeedForward, Linear, Tap, norm_layer, touch
+from glasshouse.models.layers import Embedding, FeedForward, Linear, Tap, drop, norm_layer, touch
 
 LEARNED_OFFSET = 2
 """Rows at the start of BART's table of positions that stand for none."""
@@ -220,11 +220,6 @@ class Block(nn.Module):
     def _after(self, norm: nn.Module, hidden: Tensor, written: Tensor) -> Tensor:
         summed = hidden + drop(written, self.config.dropout, self.training)
         return summed if self.config.norm_place == "before" else norm(summed)
-
-
-def drop(hidden: Tensor, share: float, training: bool) -> Tensor:
-    """Dropout, or the tensor itself."""
-    return functional.dropout(hidden, share, training) if share and training else hidden
 
 
 class Stack(nn.Module):
