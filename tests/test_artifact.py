@@ -414,7 +414,7 @@ def test_a_spoilt_header_is_refused_or_harmless(foreign):
         ({"num_hidden_layers": 1, "layer_types": ...}, ["model.layers.1.", "no place"]),
         ({"tie_word_embeddings": False}, ["lm_head.weight", "missing"]),
         ({"model_type": "llama", "architectures": ...}, ["no place", "_norm.weight"]),
-        ({"model_type": "bert"}, ["unknown model family", "bert", "qwen3"]),
+        ({"model_type": "rwkv"}, ["unknown model family", "rwkv", "qwen3"]),
         ({"auto_map": {"AutoModel": "x.Y"}}, ["never run"]),
         ({"num_attention_heads": "4"}, ["num_attention_heads", "config.json"]),
     ],

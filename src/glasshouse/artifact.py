@@ -39,6 +39,7 @@ from glasshouse.models.huggingface import (
     config_from_huggingface,
     config_to_huggingface,
     copied_tensors,
+    fit_to_tensors,
     stored_tensors,
 )
 from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
@@ -225,9 +226,11 @@ def _open_folder(
         digest = ""
     files = _weight_files(folder)
     config = _read_config(folder)
+    found = _find_tensors(folder, files, config)
+    config = fit_to_tensors(config, found)
     with torch.device("meta"):
         model = build_model(config)
-    _load_weights(model, _find_tensors(folder, files, config), dtype, device)
+    _load_weights(model, found, dtype, device)
     generation = _read_object(folder, GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
     for name in TOKENIZER_FILES:
         if name == "tokenizer.json" or (folder / name).exists():

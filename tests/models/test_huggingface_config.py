@@ -107,7 +107,7 @@ def test_qwen_windows():
     assert_refused(facts(**window | {"layer_types": "sliding_attention"}), "layer_types")
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "Qwen3", "", None, 3, ["llama"], {"a": 1}])
+@pytest.mark.parametrize("name", ["rwkv", "mamba", "Qwen3", "", None, 3, ["llama"], {"a": 1}])
 def test_unknown_family_is_named_beside_the_known(name):
     assert_refused(facts(model_type=name), "model_type", "qwen3, llama, mistral, qwen2, gpt2")
 

@@ -53,7 +53,7 @@ class Mask:
 
     Args:
         causal: whether a query is blind to later keys.
-        window: how many positions back a query sees, itself included; None for all.
+        window: how many positions back a query sees, itself included, and forth where it is not causal; None for all.
         documents: [B, T] number of the document each position belongs to; None when each row is one document.
     """
 
@@ -73,6 +73,7 @@ class Mask:
         seen = key <= query if self.causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
         if self.window is not None:
             seen = seen & (key > query - self.window)
+            seen = seen if self.causal else seen & (key < query + self.window)
         seen = seen[None, None]
         if self.documents is not None:
             seen = seen & (self.documents[:, None, -queries:, None] == self.documents[:, None, None, :])

@@ -13,14 +13,26 @@ import torch
 from torch import Tensor
 
 from glasshouse.errors import InputError
-from glasshouse.models import huggingface_decoder
+from glasshouse.models import huggingface_decoder, huggingface_encoder
 from glasshouse.models.decoder import Decoder, DecoderConfig
+from glasshouse.models.encoder import Encoder, EncoderConfig
 from glasshouse.models.huggingface_config import WHOLE, Layout, say_value
 from glasshouse.models.huggingface_decoder import decoder_family, decoder_layout, read_decoder, write_decoder
+from glasshouse.models.huggingface_encoder import (
+    encoder_architecture,
+    encoder_family,
+    encoder_layout,
+    read_encoder,
+    without_pooler,
+    write_encoder,
+)
 
-ModelConfig = DecoderConfig
-Model = Decoder
-ARCHITECTURES: Mapping[str, tuple[str, ...]] = huggingface_decoder.ARCHITECTURES
+ModelConfig = DecoderConfig | EncoderConfig
+Model = Decoder | Encoder
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+    **huggingface_decoder.ARCHITECTURES,
+    **huggingface_encoder.ARCHITECTURES,
+}
 """model_type: the classes that transformers opens it with and that are opened here."""
 
 
@@ -67,7 +79,9 @@ def config_from_huggingface(facts: Any) -> ModelConfig:
         InputError: unknown family, a value of the wrong kind or size, or a feature that is not supported. `where` is
             the key.
     """
-    family, _ = family_of(facts)
+    family, architecture = family_of(facts)
+    if family in huggingface_encoder.ARCHITECTURES:
+        return read_encoder(facts, family, architecture)
     return read_decoder(facts, family)
 
 
@@ -85,17 +99,17 @@ def config_to_huggingface(
         InputError: no family holds this shape.
     """
     family = family_for(config)
+    is_encoder = isinstance(config, EncoderConfig)
+    architecture = encoder_architecture(config) if is_encoder else ARCHITECTURES[family][0]
     shared = {
-        "architectures": [ARCHITECTURES[family][0]],
+        "architectures": [architecture],
         "model_type": family,
         "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "use_cache": True,
         **{key: token_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
-    return shared | write_decoder(config)
+    return shared | (write_encoder(config, token_ids) if is_encoder else write_decoder(config))
 
 
 def family_for(config: ModelConfig) -> str:
@@ -104,17 +118,22 @@ def family_for(config: ModelConfig) -> str:
     Raises:
         InputError: none of them can say what the config says.
     """
-    return decoder_family(config)
+    return encoder_family(config) if isinstance(config, EncoderConfig) else decoder_family(config)
 
 
 def layout_for(config: ModelConfig) -> Layout:
     """The layout of the family that holds this model on disk."""
-    return decoder_layout(config)
+    return encoder_layout(config) if isinstance(config, EncoderConfig) else decoder_layout(config)
 
 
 def build_model(config: ModelConfig) -> Model:
     """A model of this shape, its weights as yet without meaning."""
-    return Decoder(config)
+    return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
+
+
+def fit_to_tensors(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The shape of the model that a file with these tensors holds, where its config leaves that open."""
+    return without_pooler(config, names) if isinstance(config, EncoderConfig) else config
 
 
 # ---- tensors

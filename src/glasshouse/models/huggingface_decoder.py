@@ -279,7 +279,8 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
         InputError: no family holds this shape.
     """
     family = decoder_family(config)
-    return _gpt2_facts(config) if family == "gpt2" else _llama_facts(config, family)
+    shared = {"tie_word_embeddings": config.tie_embeddings, "use_cache": True}
+    return shared | (_gpt2_facts(config) if family == "gpt2" else _llama_facts(config, family))
 
 
 def _written_activation(config: DecoderConfig, gelu_tanh: str) -> str:
