@@ -1,0 +1,412 @@
+"""The inner loops of decoding in C++ (native.cpp), where the machine has a compiler and a CPU with AVX-512 and VNNI.
+
+PyTorch's own operators serve everywhere; on such a CPU these serve small batches at the speed of memory. The library is
+compiled once, in the background, by a process that nobody waits for, while PyTorch answers; the next process finds it in
+`$XDG_CACHE_HOME/glasshouse`. Within a process the answer of `available` never changes, so its numbers do not either.
+GLASSHOUSE_NATIVE=0 switches it off. A row's result depends neither on the rows beside it nor on the number of threads.
+Knows shapes and raw memory; nothing of models.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
+CPU_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
+SWITCH = "GLASSHOUSE_NATIVE"
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "relu": 3}
+MOST_ROWS = 32
+"""Rows up to which plain weights are multiplied here; above, PyTorch's matrix library is faster."""
+MOST_HEAD_DIM = 256
+
+
+class Weight(NamedTuple):
+    """A matrix to multiply by.
+
+    Args:
+        data: [outputs, width] in the activations' number format; or codes, as `QuantizedLinear` lays them out.
+        scale: bfloat16 scales of the codes; None for plain weights.
+        bias: [outputs] in the activations' number format, or None.
+        outputs: number of outputs.
+        bits: 8 or 4 for codes, 0 for plain weights.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    outputs: int
+    bits: int
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("position_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("tables", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("table_width", ctypes.c_int64),
+    )
+
+
+# ---- building
+
+
+def cpu_features() -> frozenset[str]:
+    """What /proc/cpuinfo calls the flags of the first CPU; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return next(
+        (frozenset(line.split(":")[1].split()) for line in lines if line.startswith("flags")), frozenset()
+    )
+
+
+def cache_folder() -> Path:
+    """Where the compiled library is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glasshouse"
+
+
+def build_command() -> list[str]:
+    """The compiler's command line, without the name of the output; empty where there is no compiler.
+
+    The library shares PyTorch's copy of the OpenMP runtime: two would fight over the cores.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        return []
+    runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    return [compiler, *FLAGS, str(SOURCE), *map(str, runtimes)]
+
+
+def library_path(command: Sequence[str]) -> Path:
+    """The compiled library's place: its name changes with the source, the command, PyTorch and the CPU."""
+    facts = [SOURCE.read_text(), *command, torch.__version__, *sorted(cpu_features())]
+    return cache_folder() / f"native-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:20]}.so"
+
+
+# Compiles under a name of its own and renames: two processes at once both succeed, and no half-written library is seen.
+_BUILD = """
+target=$1; shift
+if "$@" -o "$target.$$" 2> "$target.$$.log" < /dev/null; then rm -f "$target.$$.log"; mv "$target.$$" "$target"
+else mv "$target.$$.log" "$target.failed"; fi
+"""
+
+
+def build(target: Path, command: Sequence[str]) -> None:
+    """Compile and wait; leaves the library at `target`, or what the compiler said at `target`.failed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["/bin/sh", "-c", _BUILD, "sh", str(target), *command], check=False)
+
+
+def _build_in_background(target: Path, command: Sequence[str]) -> None:
+    """Compile in a process that outlives this one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    arguments = ["nice", "/bin/sh", "-c", _BUILD, "sh", str(target), *command]
+    quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in (0, 1, 2)]
+    os.posix_spawnp("nice", arguments, os.environ, file_actions=quiet, setsid=True)
+
+
+def _say_once(marker: Path, reason: str) -> None:
+    """Tell the person at this machine, once and not at every start."""
+    if not marker.exists():
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        print(f"decoding without the C++ kernels: {reason}", file=sys.stderr)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library; None, for the rest of this process, where it is not there."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        return _find_library()
+    except OSError:  # a home that cannot be written, a library of another machine: PyTorch serves
+        return None
+
+
+def _find_library() -> ctypes.CDLL | None:
+    lacking = sorted(CPU_FEATURES - cpu_features())
+    if lacking or platform.machine() != "x86_64":
+        _say_once(
+            cache_folder() / "no-avx512", f"the CPU has no {' '.join(lacking)}; PyTorch does the same work"
+        )
+        return None
+    command = build_command()
+    if not command:
+        _say_once(
+            cache_folder() / "no-compiler", "no C++ compiler found (g++); PyTorch does the same work, slower"
+        )
+        return None
+    target = library_path(command)
+    failed = target.with_name(target.name + ".failed")
+    if failed.exists():
+        _say_once(
+            target.with_name(target.name + ".said"),
+            f"they did not compile, see {failed}; delete it to try again",
+        )
+        return None
+    if not target.exists():
+        _build_in_background(target, command)
+        return None
+    return _declared(ctypes.CDLL(str(target)))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' signatures, in the order of native.cpp."""
+    pointer, integer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    library.glasshouse_linear.argtypes = [pointer, *[integer] * 3, *[number] * 4, pointer, pointer, number]
+    library.glasshouse_norm.argtypes = [pointer, integer, integer, number, pointer, real, pointer, number]
+    library.glasshouse_turn.argtypes = [
+        pointer, integer, integer, number, integer, integer, integer, pointer, pointer, real, pointer, pointer, integer, number,
+    ]  # fmt: skip
+    library.glasshouse_attend.argtypes = [
+        pointer, integer, pointer, pointer, integer, pointer, *[integer] * 5, real, number, pointer, number,
+    ]  # fmt: skip
+    for function in (
+        library.glasshouse_linear,
+        library.glasshouse_norm,
+        library.glasshouse_turn,
+        library.glasshouse_attend,
+    ):
+        function.restype = None
+    return library
+
+
+def available() -> bool:
+    """Whether the compiled library serves this process; asking starts its compilation where that can help."""
+    return _library() is not None
+
+
+def suits(hidden: Tensor) -> bool:
+    """Whether activations can be worked on here: on the CPU, in float32 or bfloat16, with no gradient wanted."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and hidden.device.type == "cpu"
+        and hidden.dtype in FORMATS
+        and available()
+    )
+
+
+# ---- the functions
+
+
+def _serving() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the compiled library is not available; ask available() first")
+    return library
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def linear(hidden: Tensor, weights: Sequence[Weight], activation: str = "") -> Tensor:
+    """Rows times up to three matrices at once.
+
+    Args:
+        hidden: [..., width], contiguous, float32 or bfloat16.
+        weights: matrices of one kind; plain ones in the format of `hidden`.
+        activation: a key of `ACTIVATIONS`; with two matrices the result is activation(first) * second.
+
+    Returns:
+        [..., sum of the outputs], or [..., outputs] where an activation joins two matrices; in the format of `hidden`.
+
+    Codes meet activations rounded to 8 bits, one scale for each group of 64 (int8) or 32 (int4) numbers of a row; plain
+    weights meet them as they are. Sums are float32.
+    """
+    width, bits, first = hidden.shape[-1], weights[0].bits, weights[0]
+    rows = hidden.numel() // max(width, 1)
+    _require(
+        hidden.is_contiguous() and len(weights) <= 3,
+        "hidden must be contiguous, and the matrices three at most",
+    )
+    for weight in weights:
+        _require(weight.bits == bits and weight.data.is_contiguous(), "matrices of one kind, contiguous")
+        _require(
+            bits > 0 or (weight.data.dtype == hidden.dtype and weight.data.shape[1] == width),
+            "matrix and rows must fit",
+        )
+        _require(bits == 0 or weight.data.shape[1] == code_words(width, bits), "codes and rows must fit")
+        _require(weight.bias is None or weight.bias.dtype == hidden.dtype, "a bias in the format of the rows")
+    joined = activation and len(weights) == 2
+    _require(not joined or first.outputs == weights[1].outputs, "gate and up must be of one size")
+    columns = first.outputs if joined else sum(weight.outputs for weight in weights)
+    out = hidden.new_empty((*hidden.shape[:-1], columns))
+    matrices = (_Matrix * 3)(
+        *(
+            (weight.data.data_ptr(), _address(weight.scale), _address(weight.bias), weight.outputs)
+            for weight in weights
+        )
+    )
+    _serving().glasshouse_linear(
+        hidden.data_ptr(), rows, width, width, FORMATS[hidden.dtype], bits, ACTIVATIONS[activation], len(weights),
+        ctypes.addressof(matrices), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def code_words(width: int, bits: int) -> int:
+    """How many 32-bit words the codes of a row take, whole groups of 64 (int8) or 32 (int4) numbers."""
+    group = 64 if bits == 8 else 32
+    return -(-width // group) * group * bits // 32
+
+
+def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm of [..., width], times `weight`; the mean in float32."""
+    _require(hidden.is_contiguous() and weight.is_contiguous(), "contiguous tensors")
+    _require(weight.dtype == hidden.dtype and weight.numel() == hidden.shape[-1], "weight and rows must fit")
+    out = torch.empty_like(hidden)
+    _serving().glasshouse_norm(
+        hidden.data_ptr(), hidden.numel() // hidden.shape[-1], hidden.shape[-1], FORMATS[hidden.dtype], weight.data_ptr(),
+        epsilon, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+class HeadNorms(NamedTuple):
+    """Norms of the queries' and keys' heads (Qwen3): weights [head_dim] and their epsilon."""
+
+    query: Tensor
+    key: Tensor
+    epsilon: float
+
+
+def turn(
+    heads: Tensor,
+    query_heads: int,
+    turned_heads: int,
+    norms: HeadNorms | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    head_dim: int,
+) -> None:
+    """Norm and rotate, in place, the query and key heads of each row.
+
+    Args:
+        heads: [B, T, at least turned_heads * head_dim], contiguous: query heads, key heads, and what stays as it is.
+        query_heads: number of query heads.
+        turned_heads: number of query and key heads.
+        norms: weights of their norms, or None.
+        rotary: cosine and sine, [B or 1, 1, T, head_dim], or None.
+        head_dim: width of a head, even.
+    """
+    _require(
+        heads.is_contiguous() and heads.shape[-1] >= turned_heads * head_dim and head_dim % 2 == 0,
+        "heads as rows",
+    )
+    for table in rotary or ():
+        fits = table.is_contiguous() and table.dtype == heads.dtype and table.shape[-1] == head_dim
+        _require(
+            fits and table.shape[2] == heads.shape[1] and table.shape[0] in (1, heads.shape[0]),
+            "tables must fit",
+        )
+    for weight in norms[:2] if norms else ():
+        _require(weight.dtype == heads.dtype and weight.numel() == head_dim, "norms must fit")
+    cosine, sine = rotary or (None, None)
+    _serving().glasshouse_turn(
+        heads.data_ptr(), heads.shape[0] * heads.shape[1], heads.shape[2], FORMATS[heads.dtype], query_heads, turned_heads, head_dim,
+        _address(norms.query if norms else None), _address(norms.key if norms else None), norms.epsilon if norms else 0.0,
+        _address(cosine), _address(sine), 1 if cosine is None else cosine.shape[0] * cosine.shape[2], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def attend_paged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    new: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Read with one new token a row from keys and values kept in blocks; keep the new token's first, where given.
+
+    Args:
+        query: [B, H, d] with contiguous heads; d at most 256.
+        keys: [blocks, block_size, G, d] with any strides but the last, which is 1. A contiguous cache is one block a row.
+        values: as `keys`, with the same strides.
+        tables: int32 [B, at least the blocks in use]: the numbers of each row's blocks.
+        lengths: int32 [B]: tokens before the new one, which is at this position.
+        new: key and value of the new token, each [B, G, d] with contiguous heads, written at their place; None when they
+            are there already.
+        window: how many positions back a query sees, itself included; None for all.
+        scale: of the scores; 1 / sqrt(d) when None.
+
+    Returns:
+        [B, H, d], contiguous.
+    """
+    batch, heads, width = query.shape
+    _, block_size, groups, _ = keys.shape
+    _require(
+        keys.stride() == values.stride() and keys.stride(3) == 1 and keys.dtype == query.dtype,
+        "keys and values alike",
+    )
+    _require(
+        width <= MOST_HEAD_DIM and query.stride()[1:] == (width, 1) and heads % groups == 0, "heads must fit"
+    )
+    _require(
+        tables.dtype == torch.int32 and tables.is_contiguous() and tables.shape[0] == batch,
+        "tables: int32 [B, blocks]",
+    )
+    _require(
+        lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.numel() == batch,
+        "lengths: int32 [B]",
+    )
+    if new is not None:
+        alike = new[0].stride() == new[1].stride() and new[0].dtype == keys.dtype
+        _require(
+            alike and new[0].shape == (batch, groups, width) and new[0].stride()[1:] == (width, 1),
+            "new keys and values",
+        )
+    out = query.new_empty((batch, heads, width))
+    pages = _Pages(
+        keys.data_ptr(),
+        values.data_ptr(),
+        block_size,
+        *keys.stride()[:3],
+        tables.data_ptr(),
+        lengths.data_ptr(),
+        tables.shape[1],
+    )
+    key, value = new or (None, None)
+    _serving().glasshouse_attend(
+        query.data_ptr(), query.stride(0), _address(key), _address(value), key.stride(0) if key is not None else 0,
+        ctypes.addressof(pages), batch, heads, groups, width, window or 0, scale or width**-0.5, FORMATS[query.dtype],
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,358 @@
+"""The C++ kernels against plain PyTorch: every format, odd sizes, rows alone and together, any number of threads."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from glasshouse.models import native
+from glasshouse.models.layers import RootMeanSquareNorm, rotary_frequencies, rotary_table, rotate
+from glasshouse.models.native import HeadNorms, Weight
+from glasshouse.models.quantized import GROUP, QuantizedLinear
+
+needs_native = pytest.mark.skipif(
+    not native.cpu_features() >= native.CPU_FEATURES or not native.build_command(),
+    reason="needs a CPU with AVX-512, VNNI and bfloat16, and a C++ compiler",
+)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+"""Largest error against float64, relative to the largest result: float32's rounding of sums, bfloat16's of results."""
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+    assert found.dtype == dtype
+    assert error <= factor * TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+def rounded_activations(hidden: Tensor, bits: int) -> Tensor:
+    """What the kernels make of activations: multiples of each group's largest / 127."""
+    width = hidden.shape[-1]
+    groups = functional.pad(hidden.float(), (0, -width % GROUP[bits])).unflatten(-1, (-1, GROUP[bits]))
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * torch.where(largest > 0, 127 / largest, 0.0)).round()
+    return (codes.double() * (largest / 127).double()).flatten(-2)[..., :width]
+
+
+# ---- linear
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "outputs"), [(1, 1), (16, 31), (33, 70), (100, 5), (768, 129), (67, 96)])
+def test_plain_linear(dtype: torch.dtype, width: int, outputs: int):
+    weight, bias = random(outputs, width, dtype=dtype), random(outputs, dtype=dtype, seed=2)
+    for rows in (1, 2, 5, 6, 7, 13, 32, 33):
+        hidden = random(rows, width, dtype=dtype, seed=rows)
+        for added in (None, bias):
+            found = native.linear(hidden, (Weight(weight, None, added, outputs, 0),))
+            expected = functional.linear(
+                hidden.double(), weight.double(), None if added is None else added.double()
+            )
+            assert_close(found, expected, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("width", "outputs"), [(1, 1), (16, 31), (33, 70), (100, 5), (768, 129), (67, 96)])
+def test_quantized_linear(dtype: torch.dtype, bits: int, width: int, outputs: int):
+    bias = random(outputs, dtype=dtype, seed=2)
+    layer = QuantizedLinear.from_linear(random(outputs, width), bias, bits)
+    for rows in (1, 2, 5, 6, 7, 33):
+        hidden = random(rows, width, dtype=dtype, seed=rows)
+        exact = rounded_activations(hidden, bits) @ layer.weight.double().T + bias.double()
+        assert_close(native.linear(hidden, (layer.native_weight(),)), exact, dtype)
+        # Rounding activations costs little: 0.5 / 127 of a group's largest, at most, each time.
+        plain = hidden.double() @ layer.weight.double().T + bias.double()
+        assert (exact - plain).norm() <= 0.02 * plain.norm() + 1e-9
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_matrices_at_once_and_the_gate(bits: int, dtype: torch.dtype):
+    width, sizes = 96, (64, 40, 33)
+    matrices = [
+        weight_of(random(size, width, seed=size), random(size, seed=1), bits, dtype) for size in sizes
+    ]
+    hidden = random(3, 4, width, dtype=dtype)
+    together = native.linear(hidden, matrices)
+    assert together.shape == (3, 4, sum(sizes))
+    assert torch.equal(together, torch.cat([native.linear(hidden, (matrix,)) for matrix in matrices], -1))
+
+    gate, up = (
+        weight_of(random(72, width, seed=seed), random(72, seed=7), bits, torch.float32) for seed in (3, 4)
+    )
+    hidden = hidden.float()
+    gated, upped = (native.linear(hidden, (matrix,)).double() for matrix in (gate, up))
+    activations = {
+        "silu": functional.silu(gated), "relu": gated.relu(), "gelu_tanh": functional.gelu(gated, approximate="tanh"),
+    }  # fmt: skip
+    assert set(activations) | {""} == set(native.ACTIVATIONS)
+    for name, activated in activations.items():
+        assert_close(native.linear(hidden, (gate, up), name), activated * upped, torch.float32, 2)
+        assert_close(native.linear(hidden, (gate,), name), activated, torch.float32, 2)
+
+
+def weight_of(matrix: Tensor, bias: Tensor, bits: int, dtype: torch.dtype) -> Weight:
+    if bits:
+        return QuantizedLinear.from_linear(matrix, bias.to(dtype), bits).native_weight()
+    return Weight(matrix.to(dtype), None, bias.to(dtype), len(matrix), 0)
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, dtype: torch.dtype):
+    matrix = weight_of(random(75, 200), random(75), bits, dtype)
+    hidden = random(33, 200, dtype=dtype)
+    alone = torch.cat([native.linear(hidden[row : row + 1], (matrix,)) for row in range(33)])
+    for rows in (*range(1, 34),):
+        assert torch.equal(native.linear(hidden[:rows].contiguous(), (matrix,)), alone[:rows])
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_the_same_numbers_for_any_number_of_threads(bits: int):
+    matrix = weight_of(random(600, 300), random(600), bits, torch.bfloat16)
+    hidden, before, found = random(9, 300, dtype=torch.bfloat16), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native.linear(hidden, (matrix,)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@needs_native
+def test_extremes_of_int8_do_not_overflow():
+    layer = QuantizedLinear.from_linear(torch.full((32, 6400), -1.0), None, 8)
+    for sign in (1.0, -1.0):
+        hidden = torch.full((1, 6400), sign)
+        assert_close(
+            layer(hidden), torch.full((1, 32), -sign * 6400 * float(layer.weight[0, 0].abs())), torch.float32
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(bits: int, bad: float):
+    matrix = weight_of(random(40, 128), random(40), bits, torch.float32)
+    hidden = random(2, 128)
+    hidden[1, 77] = bad
+    found = native.linear(hidden, (matrix,))
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().any()
+    gated = native.linear(hidden, (matrix, matrix), "silu")
+    assert not gated[1].isfinite().any()
+
+
+@needs_native
+def test_misuse_is_refused():
+    matrix = weight_of(random(40, 64), random(40), 8, torch.float32)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.linear(random(64, 3).T, (matrix,))
+    with pytest.raises(ValueError, match="fit"):
+        native.linear(random(3, 200), (matrix,))
+    with pytest.raises(ValueError, match="fit"):
+        native.linear(random(3, 64), (Weight(random(40, 65), None, None, 40, 0),))
+    with pytest.raises(ValueError, match="fit"):
+        native.linear(random(3, 64), (Weight(random(40, 64).double(), None, None, 40, 0),))
+    with pytest.raises(ValueError, match="kind"):
+        native.linear(random(3, 64), (matrix, Weight(random(40, 64), None, None, 40, 0)))
+    with pytest.raises(ValueError, match="bias"):
+        native.linear(random(3, 64).bfloat16(), (matrix,))
+    with pytest.raises(ValueError, match="one size"):
+        native.linear(
+            random(3, 64), (matrix, weight_of(random(41, 64), random(41), 8, torch.float32)), "silu"
+        )
+
+
+# ---- norm, rotation, attention
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 15, 64, 100])
+def test_norm(dtype: torch.dtype, width: int):
+    hidden, weight = random(3, 2, width, dtype=dtype), random(width, dtype=dtype, seed=1)
+    expected = functional.rms_norm(hidden.double(), (width,), weight.double(), 1e-5)
+    assert_close(native.norm(hidden, weight, 1e-5), expected, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 20, 64])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_turn(dtype: torch.dtype, width: int, normed: bool, rows: int):
+    heads = random(3, 5, (4 + 2 + 2) * width, dtype=dtype)
+    positions = torch.arange(rows * 5).view(rows, 5)
+    table = rotary_table(positions, rotary_frequencies(width, 10000.0, None), dtype)
+    layers = [RootMeanSquareNorm(width, 1e-6) for _ in range(2)]
+    for seed, layer in enumerate(layers):
+        layer.weight.data = random(width, dtype=dtype, seed=seed)
+    expected = heads.double().unflatten(-1, (8, width)).transpose(1, 2)
+    query, key, rest = expected.split([4, 2, 2], dim=1)
+    if normed:
+        query, key = (
+            functional.rms_norm(part, (width,), layer.weight.double(), 1e-6)
+            for part, layer in zip((query, key), layers, strict=True)
+        )
+    doubled = (table[0].double(), table[1].double())
+    expected = torch.cat([rotate(query, doubled), rotate(key, doubled), rest], 1).transpose(1, 2).flatten(2)
+    native.turn(
+        heads, 4, 6, HeadNorms(layers[0].weight, layers[1].weight, 1e-6) if normed else None, table, width
+    )
+    assert_close(heads, expected, dtype, 2 if normed else 1)  # bfloat16 between norm and rotation
+
+
+def paged(keys: Tensor, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """[B, S, G, d] scattered over a pool of blocks in random order: the pool and its tables."""
+    batch, length, groups, width = keys.shape
+    blocks = -(-length // block_size)
+    order = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(seed))
+    tables = order[: batch * blocks].view(batch, blocks).to(torch.int32)
+    pool = torch.full((len(order), block_size, groups, width), math.nan, dtype=keys.dtype)
+    for row, position in itertools.product(range(batch), range(length)):
+        pool[tables[row, position // block_size], position % block_size] = keys[row, position]
+    return pool, tables
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 16), (6, 2, 24), (8, 1, 64), (2, 2, 200)])
+@pytest.mark.parametrize("window", [None, 7])
+def test_paged_attention(dtype: torch.dtype, heads: int, groups: int, width: int, window: int | None):
+    batch, length = 3, 37
+    query = random(batch, heads, width, dtype=dtype)
+    keys, values = (random(batch, length, groups, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    lengths = torch.tensor([36, 0, 16], dtype=torch.int32)
+    (pool_keys, tables), (pool_values, _) = paged(keys, 8, 5), paged(values, 8, 5)
+    new = tuple(torch.stack([part[row, lengths[row]] for row in range(batch)]) for part in (keys, values))
+    for row in range(batch):  # the new token's own place is empty until it is kept
+        for pool in (pool_keys, pool_values):
+            pool[tables[row, lengths[row] // 8], lengths[row] % 8] = math.nan
+    found = native.attend_paged(query, pool_keys, pool_values, tables, lengths, (new[0], new[1]), window)
+    again = native.attend_paged(query, pool_keys, pool_values, tables, lengths, None, window, width**-0.5)
+    assert torch.equal(found, again), "the new token was kept at its place"
+    for row in range(batch):
+        end = int(lengths[row]) + 1
+        start = 0 if window is None else max(0, end - window)
+        part = [tensor[row, start:end].double().transpose(0, 1) for tensor in (keys, values)]
+        expected = functional.scaled_dot_product_attention(
+            query[row, :, None].double(), *part, enable_gqa=True
+        )[:, 0]
+        assert_close(found[row], expected, dtype, 2)
+        alone = native.attend_paged(
+            query[row : row + 1],
+            pool_keys,
+            pool_values,
+            tables[row : row + 1].contiguous(),
+            lengths[row : row + 1],
+            None,
+            window,
+        )
+        assert torch.equal(alone[0], found[row])
+
+
+@needs_native
+def test_a_contiguous_cache_is_one_block_a_row():
+    query = random(2, 4, 16)
+    keys, values = (random(2, 2, 50, 16, seed=seed) for seed in (1, 2))  # [B, G, S, d]
+    lengths = torch.tensor([49, 20], dtype=torch.int32)
+    tables = torch.arange(2, dtype=torch.int32)[:, None].contiguous()
+    found = native.attend_paged(query, keys.transpose(1, 2), values.transpose(1, 2), tables, lengths)
+    pools = [paged(part.transpose(1, 2), 16, 3) for part in (keys, values)]
+    assert torch.equal(found, native.attend_paged(query, pools[0][0], pools[1][0], pools[0][1], lengths))
+
+
+@needs_native
+def test_large_scores_do_not_overflow():
+    query, keys, values = random(1, 1, 16) * 300, random(1, 40, 1, 16, seed=1), random(1, 40, 1, 16, seed=2)
+    tables, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([39], dtype=torch.int32)
+    found = native.attend_paged(query, keys, values, tables, lengths)
+    expected = functional.scaled_dot_product_attention(
+        query[:, :, None].double(), keys.transpose(1, 2).double(), values.transpose(1, 2).double()
+    )[:, :, 0]
+    assert_close(
+        found, expected, torch.float32, 20
+    )  # scores of hundreds carry float32's error into the exponent
+
+
+# ---- building
+
+
+def run_python(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    values = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=values, capture_output=True, text=True, check=True
+    )
+
+
+ASK = "from glasshouse.models import native; print(native.available())"
+
+
+@needs_native
+def test_built_in_the_background_and_found_by_the_next_process(tmp_path: Path):
+    code = """
+import time
+from glasshouse.models import native
+assert not native.available()
+target = native.library_path(native.build_command())
+for _ in range(6000):
+    if target.exists():
+        break
+    time.sleep(0.02)
+print(native.available())
+"""
+    first = run_python(code, tmp_path)
+    assert first.stdout.strip() == "False", "the answer never changes within a process"
+    assert first.stderr == ""
+    assert run_python(ASK, tmp_path).stdout.strip() == "True"
+    assert run_python(ASK, tmp_path, GLASSHOUSE_NATIVE="0").stdout.strip() == "False"
+    assert [path.suffix for path in (tmp_path / "glasshouse").iterdir()] == [".so"]
+
+
+@needs_native
+def test_a_failed_build_is_remembered_and_said_once(tmp_path: Path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho no luck >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    native_path = native.library_path([str(compiler), *native.build_command()[1:]])
+    code = "from glasshouse.models import native; native.build(native.library_path(native.build_command()), native.build_command())"
+    run_python(code, tmp_path, CXX=str(compiler))
+    failed = tmp_path / "glasshouse" / f"{native_path.name}.failed"
+    assert failed.read_text() == "no luck\n"
+    answers = [run_python(ASK, tmp_path, CXX=str(compiler)) for _ in range(2)]
+    assert [answer.stdout.strip() for answer in answers] == ["False", "False"]
+    assert ["did not compile" in answer.stderr for answer in answers] == [True, False]
+
+
+@needs_native
+def test_without_a_compiler_or_a_place_to_keep_it(tmp_path: Path):
+    answers = [run_python(ASK, tmp_path, PATH="", CXX="") for _ in range(2)]
+    assert [answer.stdout.strip() for answer in answers] == ["False", "False"]
+    assert ["no C++ compiler" in answer.stderr for answer in answers] == [True, False]
+    (tmp_path / "file").touch()
+    assert run_python(ASK, tmp_path / "file").stdout.strip() == "False"
