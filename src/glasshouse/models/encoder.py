@@ -19,6 +19,7 @@ from glasshouse.models.layers import (
     FeedForward,
     Linear,
     Tap,
+    drop,
     norm_layer,
     rotary_frequencies,
     rotary_table,
@@ -152,9 +153,7 @@ class EncoderLayer(nn.Module):
         return touch(tap, f"{name}.residual_after", self._add(hidden, written, self.feed_forward_norm))
 
     def _add(self, hidden: Tensor, change: Tensor, norm: nn.Module | None) -> Tensor:
-        if self.dropout:
-            change = functional.dropout(change, self.dropout, self.training)
-        hidden = hidden + change
+        hidden = hidden + drop(change, self.dropout, self.training)
         return hidden if self.norm_first or norm is None else norm(hidden)
 
 
@@ -243,9 +242,7 @@ class Encoder(nn.Module):
             hidden = hidden + self.token_type_embedding(
                 torch.zeros_like(tokens) if token_types is None else token_types
             )
-        hidden = self.embedding_norm(hidden)
-        if self.config.dropout:
-            hidden = functional.dropout(hidden, self.config.dropout, self.training)
+        hidden = drop(self.embedding_norm(hidden), self.config.dropout, self.training)
         hidden = touch(tap, "embedding", hidden)
         sights = self._sights(positions, _borders(mask, documents), hidden)
         for index, layer in enumerate(self.layers):
