@@ -280,7 +280,7 @@ def test_constraints_pin_every_declared_dependency():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {normal(line.split("==")[0]): line for line in lines if line and not line.startswith("#")}
     groups = declared()
-    for extra in ("core", "corpus", "hub", "report", "dev"):
+    for extra in ("core", "corpus", "export", "hub", "report", "dev"):
         assert groups[extra] <= set(pins), f"{extra}: not pinned: {groups[extra] - set(pins)}"
     assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", line) for line in pins.values()), (
         "a pin has no local version (+cpu)"

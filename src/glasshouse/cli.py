@@ -30,6 +30,13 @@ GENERATE_HELP = {
     "device DEVICE": "auto, cpu, cuda or mps",
     "dtype FORMAT": "auto, float32 or bfloat16",
 }
+EXPORT_HELP = {
+    "MODEL": "a run, a model folder, or a folder in Hugging Face layout",
+    "to FORMAT": "gguf (llama.cpp, Ollama) or onnx",
+    "type TYPE": "of a GGUF file's weights: f16 (the default), q8_0, q4_0, bf16 or f32",
+    "out FOLDER": "the folder to make; exports/NAME-FORMAT by default",
+    "limit SHARE": "how far logits may typically move, as a share of their spread; each type has its own",
+}
 RESUME_HELP = {"resume": "go on with the unfinished run in --out, exactly where it stopped"}
 
 
@@ -299,6 +306,21 @@ def _compare(words: list[str]) -> int:
     return 0
 
 
+def _export(words: list[str]) -> int:
+    [model] = _take_positionals("export", words, "MODEL")
+    to, number_format = _take_value(words, "to"), _take_value(words, "type") or ""
+    out, limit = _take_value(words, "out"), _take_value(words, "limit")
+    _refuse_rest("export MODEL --to FORMAT", words, EXPORT_HELP)
+    try:
+        share = float(limit) if limit else None
+    except ValueError:
+        raise InputError(f"{limit!r} is not a number", "--limit", "give one, like 0.1") from None
+    from glasshouse.export.export import ExportSettings, export_model
+
+    export_model(ExportSettings(model, to or "", number_format, Path(out) if out else None, share))
+    return 0
+
+
 def _demo(words: list[str]) -> int:
     out, recipe = _take_value(words, "out"), _take_value(words, "config") or "demo"
     _refuse_rest("demo", words, FOLDER_HELP | {"config RECIPE": "another recipe than the one that ships"})
@@ -341,5 +363,6 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "evaluate": ("how well a model predicts held-out text, beside a 5-gram baseline", _evaluate),
     "compare": ("two runs, paired, with intervals", _compare),
     "report": ("a run -> its model card", _report),
+    "export": ("a model -> GGUF for llama.cpp and Ollama, or ONNX, proved by replaying prompts", _export),
     "plan": ("predicted memory, time and energy of a recipe, before anything runs", _plan),
 }

@@ -1,0 +1,152 @@
+"""The verb `export`: a model in, a folder in another tool's format out, proved by replaying prompts through it.
+
+The folder is written under a temporary name and takes its own only when the exported model, read back from the file,
+says what the model says. Knows which formats there are; how each is laid out is the business of its module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glasshouse.artifact import Artifact, open_artifact, require_decoder
+from glasshouse.errors import InputError
+from glasshouse.export.gguf_decoder import usable_context
+from glasshouse.export.gguf_file import NUMBER_FORMATS
+from glasshouse.export.gguf_model import gguf_remarks, open_gguf_decoder, plan_tensors, save_gguf
+from glasshouse.export.modelfile import modelfile
+from glasshouse.export.replay import PROMPTS, Comparison, compare_logits, require_close
+from glasshouse.files import atomic_folder, read_json, recover_folder, require_free, write_atomic, write_json
+from glasshouse.inference.engine import generate
+from glasshouse.inference.sampling import GenerationConfig
+from glasshouse.models.decoder import Decoder
+
+FORMATS = ("gguf", "onnx")
+RECORD = "export.json"
+CONTINUED = 16
+"""Tokens that each prompt is continued with before it is replayed."""
+LIMITS = {"f32": 1e-5, "f16": 0.01, "bf16": 0.1, "q8_0": 0.2, "q4_0": 1.0}
+"""The typical logit difference allowed, as a share of the logits' spread, by number format: wide enough for weights
+drawn at random, which rounding hurts most; two models that have nothing to do with each other are 1.4 apart."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is exported, and how.
+
+    Args:
+        model: a run, a model folder, or a folder in Hugging Face layout.
+        to: "gguf" or "onnx".
+        number_format: of the matrices in a GGUF file; empty for float16. ONNX is float32.
+        out: the folder to make; None for exports/NAME-FORMAT.
+        limit: the typical logit difference allowed, as a share of the logits' spread; None for the format's own.
+    """
+
+    model: str
+    to: str
+    number_format: str = ""
+    out: Path | None = None
+    limit: float | None = None
+
+
+def export_model(settings: ExportSettings) -> Path:
+    """Export a model, print what was compared, and return the folder.
+
+    A folder that an earlier export made is replaced in one step; it stays whole when the new export fails.
+
+    Raises:
+        InputError: the format cannot hold the model, a library is missing, something else is in the way, the disk is
+            full, or the exported model says something else than the model. Nothing is left behind.
+    """
+    number_format = _checked_format(settings)
+    artifact = open_artifact(settings.model)
+    name = _name(settings.model, artifact)
+    label = f"{settings.to}-{number_format}" if settings.to == "gguf" else settings.to
+    folder = settings.out or Path("exports") / f"{name}-{label}"
+    _refuse_occupied(folder)
+    recover_folder(folder)
+    require_free(folder, sum(tensor.nbytes for tensor in artifact.model.state_dict().values()) + 2**20)
+    limit = LIMITS[number_format] if settings.limit is None else settings.limit
+    with atomic_folder(folder) as temporary:
+        comparison, remarks = _export_gguf(temporary, settings, artifact, name, number_format, limit)
+        facts = {"format": 1, "to": settings.to, "type": number_format, "model": settings.model}
+        facts |= {"digest": artifact.digest, "limit": limit, "replay": comparison.facts()}
+        write_json(temporary / RECORD, facts)
+    print("\n".join([*remarks, f"wrote {folder}"]))
+    return folder
+
+
+def _checked_format(settings: ExportSettings) -> str:
+    if settings.to not in FORMATS:
+        raise InputError(f"unknown format {settings.to!r}", "--to", f"choose one of {', '.join(FORMATS)}")
+    number_format = settings.number_format or ("f16" if settings.to == "gguf" else "f32")
+    known = NUMBER_FORMATS if settings.to == "gguf" else ("f32",)
+    if number_format not in known:
+        raise InputError(
+            f"unknown type {number_format!r} for {settings.to}", "--type", f"choose one of {', '.join(known)}"
+        )
+    if settings.limit is not None and not 0 < settings.limit < float("inf"):
+        raise InputError(f"{settings.limit} is no limit", "--limit", "give a number above 0")
+    return number_format
+
+
+def _name(model: str, artifact: Artifact) -> str:
+    """A run's or a folder's own name."""
+    path = Path(model) if Path(model).is_dir() else artifact.path
+    path = path.resolve()
+    return path.parent.name if path.name == "model" and (path.parent / "run.json").exists() else path.name
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise InputError("something else is there", str(folder), "choose another --out")
+
+
+def _converses(artifact: Artifact) -> bool:
+    """Whether the model was trained on conversations. A pretrained one was not, though it has a template."""
+    record = artifact.path.parent / "run.json"
+    if artifact.path.name == "model" and record.is_file():
+        return read_json(record).get("stage") != "pretrain"
+    return bool(artifact.tokenizer.chat_template)
+
+
+def _export_gguf(
+    folder: Path, settings: ExportSettings, artifact: Artifact, name: str, number_format: str, limit: float
+) -> tuple[Comparison, list[str]]:
+    file, model = folder / f"{name}.gguf", require_decoder(artifact)
+    save_gguf(file, artifact, name, number_format)
+    context = usable_context(model.config)
+    text = modelfile(file.name, artifact.tokenizer, artifact.generation, context, _converses(artifact))
+    write_atomic(folder / "Modelfile", text)
+    texts, expected = _model_says(settings.model, context)
+    exported = open_gguf_decoder(file, model.config.rope_scaling)
+    comparison = compare_logits(
+        texts, expected, lambda tokens: read_logits(exported, tokens), artifact.tokenizer
+    )
+    require_close(comparison, limit, f"the {number_format} file")
+    entries = plan_tensors(model, artifact.tokenizer.vocab_size, number_format)
+    remarks = comparison.lines("the file as read back, in float32")
+    return comparison, [*remarks, *gguf_remarks(model.config, number_format, entries)]
+
+
+def _model_says(path: str, context: int) -> tuple[list[list[int]], list[Tensor]]:
+    """The prompts with the model's own likeliest continuation, and its logits in float32 after each of their tokens."""
+    artifact = open_artifact(path, dtype=torch.float32, verify=False)
+    model, tokenizer = require_decoder(artifact), artifact.tokenizer
+    config = GenerationConfig(temperature=0.0, max_new_tokens=CONTINUED)
+    texts = []
+    for prompt in PROMPTS:
+        tokens = (tokenizer.prompt(prompt) or [tokenizer.end_of_document])[: max(1, context - CONTINUED)]
+        answer = generate(model, tokenizer, tokens, config) if len(tokens) < context else ()
+        texts.append([*tokens, *(token.id for token in answer)][:context])
+    return texts, [read_logits(model, tokens)[:, : tokenizer.vocab_size] for tokens in texts]
+
+
+@torch.inference_mode()
+def read_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
+    """The logits after each token, float32 [T, vocab_size]."""
+    return model.logits(model(torch.tensor([list(tokens)])))[0].float()
