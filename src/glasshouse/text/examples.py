@@ -87,12 +87,22 @@ class ExampleCounts:
         kept: examples.
         dropped: how many rows were left out, by reason.
         rows: names of the first few rows of each reason.
+        shortened: how many were cut at their end because of their length.
+        shortened_rows: names of the first few of those.
     """
 
     form: str = ""
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     rows: dict[str, list[str]] = field(default_factory=dict)
+    shortened: int = 0
+    shortened_rows: list[str] = field(default_factory=list)
+
+    def shorten(self, row: str) -> None:
+        """Count a row whose end was cut off."""
+        self.shortened += 1
+        if len(self.shortened_rows) < NAMED:
+            self.shortened_rows.append(row)
 
     def drop(self, reason: str, row: str) -> None:
         """Count a row that is left out."""
@@ -103,11 +113,22 @@ class ExampleCounts:
 
     def lines(self) -> list[str]:
         """One line for each reason, with the rows' names."""
-        return [
-            f"left out {count:,} {'row' if count == 1 else 'rows'}: {reason} ({', '.join(self.rows[reason])}"
-            + (", ...)" if count > len(self.rows[reason]) else ")")
+        found = [
+            f"left out {_count(count)}: {reason} ({_names(self.rows[reason], count)})"
             for reason, count in self.dropped.most_common()
         ]
+        if self.shortened:
+            names = _names(self.shortened_rows, self.shortened)
+            found.append(f"cut {_count(self.shortened)} at the end: too long for a row ({names})")
+        return found
+
+
+def _count(rows: int) -> str:
+    return f"{rows:,} {'row' if rows == 1 else 'rows'}"
+
+
+def _names(rows: list[str], count: int) -> str:
+    return ", ".join(rows) + (", ..." if count > len(rows) else "")
 
 
 class _RowError(Exception):
