@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from glasshouse.models.layers import Linear, RootMeanSquareNorm, Tap, rotate, touch
+from glasshouse.models import native
+from glasshouse.models.layers import Linear, RootMeanSquareNorm, Tap, native_weights, rotate, touch
+from glasshouse.models.native import HeadNorms, Weight
 
 
 class Cache(Protocol):
@@ -202,9 +204,13 @@ class Attention(nn.Module):
         With a cache, `mask` and `causal` are the cache's business.
         """
         name = "" if tap is None else f"layers.{layer}.attention"
-        query = self._heads(self.query(hidden), self.query_norm, rotary)
-        key = self._heads(self.key(hidden), self.key_norm, rotary)
-        value = self._heads(self.value(hidden), None, None)
+        weights = native_weights(hidden, (self.query, self.key, self.value))
+        if weights is not None:
+            query, key, value = self._native_heads(hidden, weights, rotary)
+        else:
+            query = self._heads(self.query(hidden), self.query_norm, rotary)
+            key = self._heads(self.key(hidden), self.key_norm, rotary)
+            value = self._heads(self.value(hidden), None, None)
         query, key = touch(tap, f"{name}.query", query), touch(tap, f"{name}.key", key)
         value = touch(tap, f"{name}.value", value)
         if cache is None:
@@ -213,6 +219,19 @@ class Attention(nn.Module):
             read = cache.attend(layer, query, key, value, self.window, tap, name)
         read = read.transpose(1, 2).reshape(*hidden.shape[:-1], self.heads * self.head_dim)
         return touch(tap, f"{name}.output", self.output(touch(tap, f"{name}.read", read)))
+
+    def _native_heads(
+        self, hidden: Tensor, weights: list[Weight], rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...]:
+        """Queries [B, H, T, d], keys and values [B, G, T, d] by the C++ kernels: one product, one turn in place."""
+        heads = native.linear(hidden.contiguous(), weights)
+        counts = (self.heads, self.key_value_heads, self.key_value_heads)
+        if rotary is not None or self.query_norm is not None:
+            norms = None
+            if self.query_norm is not None and self.key_norm is not None:
+                norms = HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
+            native.turn(heads, self.heads, self.heads + self.key_value_heads, norms, rotary, self.head_dim)
+        return heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(counts, dim=1)
 
     def _heads(
         self, flat: Tensor, norm: RootMeanSquareNorm | None, rotary: tuple[Tensor, Tensor] | None

@@ -18,11 +18,13 @@ from glasshouse.models.layers import (
     FeedForward,
     Linear,
     Tap,
+    multiply,
     norm_layer,
     rotary_frequencies,
     rotary_table,
     touch,
 )
+from glasshouse.models.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class Decoder(nn.Module):
         self.position_embedding = Embedding(config.context_length, config.embedding_dim) if learned else None
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = norm_layer(config.norm, config.embedding_dim, config.norm_epsilon)
-        self.head = (
+        # A quantized model has a head of its own even where the config ties it: look-up and logits differ in precision.
+        self.head: Linear | QuantizedLinear | None = (
             None if config.tie_embeddings else Linear(config.embedding_dim, config.vocab_size, bias=False)
         )
 
@@ -184,7 +187,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden vectors [..., D] to one score per token of the vocabulary, [..., vocab_size]."""
-        return functional.linear(hidden, self.output_weight)
+        return (
+            self.head(hidden)
+            if isinstance(self.head, QuantizedLinear)
+            else multiply(hidden, self.output_weight)
+        )
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rotary":

@@ -5,12 +5,16 @@ Knows nothing of attention masks, text or files.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from glasshouse.models import native
+from glasshouse.models.native import Weight
+from glasshouse.models.quantized import QuantizedLinear
 
 Tap = Callable[[str, Tensor], Tensor]
 """Called with the name and the value of an activation; what it returns takes the activation's place."""
@@ -24,13 +28,18 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Linear(nn.Linear):
-    """PyTorch's, but without drawing weights on the meta device, where there are none: that alone would import
-    PyTorch's whole compiler, a second of every start."""
+    """PyTorch's, but a few rows without gradients are multiplied by the C++ kernels where those serve; and without
+    drawing weights on the meta device, where there are none: that alone would import PyTorch's whole compiler, a second
+    of every start."""
 
     def reset_parameters(self) -> None:
         """Draw weights, where there are any."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., width] to [..., outputs]."""
+        return multiply(input, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -40,6 +49,30 @@ class Embedding(nn.Embedding):
         """Draw weights, where there are any."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., width] times the transpose of [outputs, width]: a few rows without gradients by the C++ kernels, where those
+    serve; a row's result then does not depend on the rows beside it."""
+    if native.suits(hidden) and native.suits_plain(hidden, weight):
+        return native.linear(hidden.contiguous(), (Weight(weight, None, bias, weight.shape[0], 0),))
+    return functional.linear(hidden, weight, bias)
+
+
+def native_weights(hidden: Tensor, linears: Sequence[nn.Module]) -> list[Weight] | None:
+    """The matrices of linear layers that multiply the same rows, as the C++ kernels take them at once; None where they do
+    not serve: gradients are wanted, there are many rows for plain weights, or a layer is of another kind."""
+    if not native.suits(hidden):
+        return None
+    weights = []
+    for linear in linears:
+        if isinstance(linear, QuantizedLinear):
+            weights.append(linear.native_weight())
+        elif type(linear) is Linear and native.suits_plain(hidden, linear.weight):
+            weights.append(Weight(linear.weight, None, linear.bias, linear.out_features, 0))
+        else:
+            return None
+    return weights if all(weight.bits == weights[0].bits for weight in weights) else None
 
 
 def touch(tap: Tap | None, name: str, value: Tensor) -> Tensor:
@@ -78,6 +111,8 @@ class RootMeanSquareNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] to [..., width]; the mean is taken in float32."""
+        if native.suits(hidden) and hidden.dtype == self.weight.dtype and hidden.is_contiguous():
+            return native.norm(hidden, self.weight, self.epsilon)
         return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
 
 
@@ -135,14 +170,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, activation: str, gated: bool, bias: bool):
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.activation_name = ACTIVATIONS[activation], activation
         self.gate = Linear(width, hidden_width, bias=bias) if gated else None
         self.up = Linear(width, hidden_width, bias=bias)
         self.down = Linear(hidden_width, width, bias=bias)
 
     def forward(self, hidden: Tensor, tap: Tap | None = None, name: str = "") -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        if self.gate is None:
+        layers = (self.up,) if self.gate is None else (self.gate, self.up)
+        weights = native_weights(hidden, layers) if self.activation_name in native.ACTIVATIONS else None
+        if weights is not None:
+            inner = native.linear(hidden.contiguous(), weights, self.activation_name)
+        elif self.gate is None:
             inner = self.activation(self.up(hidden))
         else:
             inner = self.activation(self.gate(hidden)) * self.up(hidden)

@@ -31,6 +31,8 @@ ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "relu": 3}
 MOST_ROWS = 32
 """Rows up to which plain weights are multiplied here; above, PyTorch's matrix library is faster."""
 MOST_HEAD_DIM = 256
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors whose memory is what it seems: not a piece of one that lies on several machines."""
 
 
 class Weight(NamedTuple):
@@ -216,6 +218,17 @@ def suits(hidden: Tensor) -> bool:
     )
 
 
+def suits_plain(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether rows that `suits` are few enough for this matrix of plain weights, and it is one that memory holds whole."""
+    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    return (
+        rows <= MOST_ROWS
+        and type(weight) in PLAIN
+        and weight.dtype == hidden.dtype
+        and weight.is_contiguous()
+    )
+
+
 # ---- the functions
 
 
@@ -344,6 +357,39 @@ def turn(
     )  # fmt: skip
 
 
+def _require_pages(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+) -> None:
+    batch, heads, width = query.shape
+    groups = keys.shape[2]
+    _require(
+        keys.stride() == values.stride() and keys.stride(3) == 1 and keys.dtype == query.dtype,
+        "keys and values alike",
+    )
+    _require(
+        width <= MOST_HEAD_DIM and query.stride()[1:] == (width, 1) and heads % groups == 0, "heads must fit"
+    )
+    _require(
+        tables.dtype == torch.int32 and tables.is_contiguous() and tables.shape[0] == batch,
+        "tables: int32 [B, blocks]",
+    )
+    _require(
+        lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.numel() == batch,
+        "lengths: int32 [B]",
+    )
+    if new is not None:
+        alike = new[0].stride() == new[1].stride() and new[0].dtype == keys.dtype
+        _require(
+            alike and new[0].shape == (batch, groups, width) and new[0].stride()[1:] == (width, 1),
+            "new keys and values",
+        )
+
+
 def attend_paged(
     query: Tensor,
     keys: Tensor,
@@ -372,27 +418,7 @@ def attend_paged(
     """
     batch, heads, width = query.shape
     _, block_size, groups, _ = keys.shape
-    _require(
-        keys.stride() == values.stride() and keys.stride(3) == 1 and keys.dtype == query.dtype,
-        "keys and values alike",
-    )
-    _require(
-        width <= MOST_HEAD_DIM and query.stride()[1:] == (width, 1) and heads % groups == 0, "heads must fit"
-    )
-    _require(
-        tables.dtype == torch.int32 and tables.is_contiguous() and tables.shape[0] == batch,
-        "tables: int32 [B, blocks]",
-    )
-    _require(
-        lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.numel() == batch,
-        "lengths: int32 [B]",
-    )
-    if new is not None:
-        alike = new[0].stride() == new[1].stride() and new[0].dtype == keys.dtype
-        _require(
-            alike and new[0].shape == (batch, groups, width) and new[0].stride()[1:] == (width, 1),
-            "new keys and values",
-        )
+    _require_pages(query, keys, values, tables, lengths, new)
     out = query.new_empty((batch, heads, width))
     pages = _Pages(
         keys.data_ptr(),
