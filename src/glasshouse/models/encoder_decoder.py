@@ -202,7 +202,7 @@ class Block(nn.Module):
         tap: Tap | None,
         name: str,
     ) -> Tensor:
-        """What attention reads: [B, T, D]. With fewer rows of memory than of queries, each serves as many in turn."""
+        """What attention reads of given keys and values: [B, T, D]."""
         name = f"{self.name}.{name}"
         key, value = memory
         query = touch(tap, f"{name}.query", self._heads(attention.query(hidden)))
@@ -324,12 +324,17 @@ class EncoderDecoder(nn.Module):
         untied = config.output == "untied"
         self.head = Linear(config.embedding_dim, config.vocab_size, bias=False) if untied else None
         biased = config.bias == "all"
-        self.logit_bias = nn.Parameter(torch.zeros(config.vocab_size)) if biased else None
+        self.logit_bias = nn.Parameter(torch.zeros(1, config.vocab_size)) if biased else None
 
     @property
     def output_weight(self) -> Tensor:
         """The matrix that turns a hidden vector into logits: [vocab_size, D]."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """What is added to the logits: [vocab_size], or None."""
+        return None if self.logit_bias is None else self.logit_bias.flatten()
 
     def encode(self, tokens: Tensor, mask: Tensor | None = None, *, tap: Tap | None = None) -> Tensor:
         """Read sources: what the decoder remembers of them.
@@ -346,7 +351,11 @@ class EncoderDecoder(nn.Module):
 
     def remember(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values that each decoder layer reads of a memory [B, S, D]: computed once for all steps of decoding."""
-        return [layer.key_values(layer.cross_attention, memory) for layer in self.decoder.layers]
+        return [
+            layer.key_values(layer.cross_attention, memory)
+            for layer in self.decoder.layers
+            if isinstance(layer, Block) and layer.cross_attention is not None
+        ]
 
     def forward(
         self,
@@ -377,4 +386,4 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden vectors [..., D] to one score per token of the vocabulary, [..., vocab_size]."""
-        return functional.linear(hidden, self.output_weight, self.logit_bias)
+        return functional.linear(hidden, self.output_weight, self.output_bias)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from glasshouse.errors import InputError
-from glasshouse.models import huggingface_decoder, huggingface_encoder
+from glasshouse.models import huggingface_decoder, huggingface_encoder, huggingface_encoder_decoder
 from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.models.encoder import Encoder, EncoderConfig
+from glasshouse.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from glasshouse.models.huggingface_config import WHOLE, Layout, say_value
 from glasshouse.models.huggingface_decoder import decoder_family, decoder_layout, read_decoder, write_decoder
 from glasshouse.models.huggingface_encoder import (
@@ -26,12 +27,20 @@ from glasshouse.models.huggingface_encoder import (
     without_pooler,
     write_encoder,
 )
+from glasshouse.models.huggingface_encoder_decoder import (
+    encoder_decoder_family,
+    encoder_decoder_layout,
+    read_encoder_decoder,
+    with_head,
+    write_encoder_decoder,
+)
 
-ModelConfig = DecoderConfig | EncoderConfig
-Model = Decoder | Encoder
+ModelConfig = DecoderConfig | EncoderConfig | EncoderDecoderConfig
+Model = Decoder | Encoder | EncoderDecoder
 ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
     **huggingface_decoder.ARCHITECTURES,
     **huggingface_encoder.ARCHITECTURES,
+    **huggingface_encoder_decoder.ARCHITECTURES,
 }
 """model_type: the classes that transformers opens it with and that are opened here."""
 
@@ -82,6 +91,8 @@ def config_from_huggingface(facts: Any) -> ModelConfig:
     family, architecture = family_of(facts)
     if family in huggingface_encoder.ARCHITECTURES:
         return read_encoder(facts, family, architecture)
+    if family in huggingface_encoder_decoder.ARCHITECTURES:
+        return read_encoder_decoder(facts, family)
     return read_decoder(facts, family)
 
 
@@ -92,7 +103,8 @@ def config_to_huggingface(
 
     Args:
         config: the model's shape.
-        token_ids: "bos_token_id", "eos_token_id" and "pad_token_id"; None where there is none.
+        token_ids: "bos_token_id", "eos_token_id" and "pad_token_id", and "decoder_start_token_id" of an
+            encoder-decoder; None where there is none.
         dtype: number format of the weights: "float32", "bfloat16" or "float16".
 
     Raises:
@@ -109,6 +121,8 @@ def config_to_huggingface(
         "torch_dtype": dtype,
         **{key: token_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
+    if isinstance(config, EncoderDecoderConfig):
+        return shared | write_encoder_decoder(config, token_ids)
     return shared | (write_encoder(config, token_ids) if is_encoder else write_decoder(config))
 
 
@@ -118,21 +132,29 @@ def family_for(config: ModelConfig) -> str:
     Raises:
         InputError: none of them can say what the config says.
     """
+    if isinstance(config, EncoderDecoderConfig):
+        return encoder_decoder_family(config)
     return encoder_family(config) if isinstance(config, EncoderConfig) else decoder_family(config)
 
 
 def layout_for(config: ModelConfig) -> Layout:
     """The layout of the family that holds this model on disk."""
+    if isinstance(config, EncoderDecoderConfig):
+        return encoder_decoder_layout(config)
     return encoder_layout(config) if isinstance(config, EncoderConfig) else decoder_layout(config)
 
 
 def build_model(config: ModelConfig) -> Model:
     """A model of this shape, its weights as yet without meaning."""
+    if isinstance(config, EncoderDecoderConfig):
+        return EncoderDecoder(config)
     return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
 
 
 def fit_to_tensors(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
     """The shape of the model that a file with these tensors holds, where its config leaves that open."""
+    if isinstance(config, EncoderDecoderConfig):
+        return with_head(config, names)
     return without_pooler(config, names) if isinstance(config, EncoderConfig) else config
 
 
@@ -183,9 +205,11 @@ def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Store
     order = {module: index for index, module in enumerate(layout.modules)}
     parts: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        module, _, kind = name.rpartition(".")
+        module, _, kind = name.rpartition(
+            "."
+        )  # a parameter of the model itself has no module: its name is the key
         layer = re.search(r"\blayers\.(\d+)\.", module)
-        template = module.replace(f"layers.{layer[1]}.", "layers.N.", 1) if layer else module
+        template = module.replace(f"layers.{layer[1]}.", "layers.N.", 1) if layer else module or kind
         if template not in layout.modules:
             raise InputError(
                 f"the {family_for(config)} layout has no place for a tensor",
@@ -194,7 +218,8 @@ def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Store
             )
         stored = layout.modules[template]
         stored = stored.replace(".N.", f".{layer[1]}.") if layer else stored
-        parts.setdefault(f"{stored}.{kind}", []).append((order[template], name))
+        stored = f"{stored}.{kind}" if module else stored
+        parts.setdefault(stored, []).append((order[template], name))
     return {
         stored: Stored(
             tuple(name for _, name in sorted(found)), re.search(layout.transposed, stored) is not None

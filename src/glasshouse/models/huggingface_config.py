@@ -29,6 +29,8 @@ LIMITS = {  # far above any decoder ever made, far below what would exhaust a ma
     "intermediate_size": 2**20,
     "max_position_embeddings": 2**30,
     "sliding_window": 2**30,
+    "relative_attention_num_buckets": 2**16,
+    "relative_attention_max_distance": 2**30,
 }
 
 

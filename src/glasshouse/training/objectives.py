@@ -83,7 +83,7 @@ def sequence_to_sequence(smoothing: float = 0.0) -> Objective:
         memory = model.encode(batch.sources, batch.source_mask)
         hidden = model(batch.tokens, memory=memory, memory_mask=batch.source_mask)
         loss = linear_cross_entropy(
-            hidden.flatten(0, 1), model.output_weight, batch.labels.flatten(), model.logit_bias, smoothing
+            hidden.flatten(0, 1), model.output_weight, batch.labels.flatten(), model.output_bias, smoothing
         )
         return loss, int((batch.labels != IGNORED).sum())
 
