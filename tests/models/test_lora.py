@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from glasshouse.errors import InputError
 from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
+from glasshouse.models.layers import QuantizedLinear
 from glasshouse.models.lora import (
     Adapted,
     AdapterConfig,
@@ -18,7 +19,6 @@ from glasshouse.models.lora import (
     load_adapter,
     merge,
 )
-from glasshouse.models.quantized import QuantizedLinear
 
 CONFIG = DecoderConfig(64, 32, 2, 4, 2, 8, 64, 128)
 SETTINGS = {
@@ -160,7 +160,7 @@ def test_adapters_move_between_models() -> None:
     load_adapter(other, saved)
     assert torch.equal(one(tokens()), other(tokens()))
     saved.pop("layers.0.attention.query.up")
-    with pytest.raises(InputError, match="layers.0.attention.query.up is missing"):
+    with pytest.raises(InputError, match=r"layers\.0\.attention\.query\.up is missing"):
         load_adapter(other, saved)
     wrong = copy.deepcopy(adapter_tensors(one)) | {"layers.0.attention.query.up": torch.zeros(3, 3)}
     with pytest.raises(InputError, match=r"\(3, 3\)"):
@@ -168,6 +168,6 @@ def test_adapters_move_between_models() -> None:
 
 
 def test_an_unknown_layer_is_named() -> None:
-    with pytest.raises(InputError, match="attention.query") as refused:
+    with pytest.raises(InputError, match=r"attention\.query") as refused:
         adapt(decoder(), AdapterConfig(targets=("c_attn",)), 0)
     assert "c_attn" in str(refused.value)

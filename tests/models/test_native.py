@@ -14,9 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from glasshouse.models import native
-from glasshouse.models.layers import RootMeanSquareNorm, rotary_frequencies, rotary_table, rotate
+from glasshouse.models.layers import (
+    CODE_GROUP,
+    QuantizedLinear,
+    RootMeanSquareNorm,
+    rotary_frequencies,
+    rotary_table,
+    rotate,
+)
 from glasshouse.models.native import HeadNorms, Weight
-from glasshouse.models.quantized import GROUP, QuantizedLinear
 
 needs_native = pytest.mark.skipif(
     not native.cpu_features() >= native.CPU_FEATURES or not native.build_command(),
@@ -45,7 +51,9 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, factor: fl
 def rounded_activations(hidden: Tensor, bits: int) -> Tensor:
     """What the kernels make of activations: multiples of each group's largest / 127."""
     width = hidden.shape[-1]
-    groups = functional.pad(hidden.float(), (0, -width % GROUP[bits])).unflatten(-1, (-1, GROUP[bits]))
+    groups = functional.pad(hidden.float(), (0, -width % CODE_GROUP[bits])).unflatten(
+        -1, (-1, CODE_GROUP[bits])
+    )
     largest = groups.abs().amax(-1, keepdim=True)
     codes = (groups * torch.where(largest > 0, 127 / largest, 0.0)).round()
     return (codes.double() * (largest / 127).double()).flatten(-2)[..., :width]

@@ -17,6 +17,7 @@ from glasshouse.models.layers import (
     Embedding,
     FeedForward,
     Linear,
+    QuantizedLinear,
     Tap,
     multiply,
     norm_layer,
@@ -24,7 +25,6 @@ from glasshouse.models.layers import (
     rotary_table,
     touch,
 )
-from glasshouse.models.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)

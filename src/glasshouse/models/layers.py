@@ -1,4 +1,5 @@
-"""The layers every family is built from: norms, rotary positions, the feed-forward network, and taps.
+"""The layers every family is built from: linear layers, plain and of few bits, norms, rotary positions, the
+feed-forward network, and taps.
 
 Shapes are written B (rows of a batch), T (positions), D (embedding width), H (heads), d (width of a head).
 Knows nothing of attention masks, text or files.
@@ -14,7 +15,6 @@ from torch.nn import functional
 
 from glasshouse.models import native
 from glasshouse.models.native import Weight
-from glasshouse.models.quantized import QuantizedLinear
 
 Tap = Callable[[str, Tensor], Tensor]
 """Called with the name and the value of an activation; what it returns takes the activation's place."""
@@ -25,6 +25,16 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda hidden: functional.gelu(hidden, approximate="tanh"),
     "relu": functional.relu,
 }
+
+
+CODE_BLOCK = 32
+"""Outputs whose codes lie together, so that one load of memory serves 16 of them."""
+CODE_GROUP = {8: 64, 4: 32}
+"""Activations that share a scale in the C++ kernels; in int4 the weights' too."""
+CODE_ZERO = {8: 128, 4: 8}
+"""The unsigned code that stands for zero."""
+SHRINKINGS = 24
+"""How many scales the search for int4 tries, for each sign."""
 
 
 class Linear(nn.Linear):
@@ -59,6 +69,152 @@ def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return functional.linear(hidden, weight, bias)
 
 
+# ---- weights of 8 or 4 bits
+
+
+def round_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a matrix.
+
+    Args:
+        weight: [outputs, width], any float format.
+        bits: 8 or 4.
+
+    Returns:
+        Unsigned codes, uint8 [outputs, width], and bfloat16 scales, [outputs, 1] or [outputs, ceil(width / 32)]: a weight
+        is (code - CODE_ZERO[bits]) * scale. A scale of int4 may be negative: the code range reaches further down than up.
+    """
+    weight = weight.detach().float()
+    if bits == 8:
+        scale = (weight.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
+        return _codes(weight, scale.float(), 8), scale
+    outputs, width = weight.shape
+    groups = functional.pad(weight, (0, -width % CODE_GROUP[4])).view(outputs, -1, CODE_GROUP[4])
+    scale = _search_scale(groups)
+    codes = _codes(groups, scale.float(), 4).view(outputs, -1)[:, :width]
+    return codes, scale[:, :, 0]
+
+
+def _codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    safe = torch.where(scale == 0, 1.0, scale)
+    low, high = -CODE_ZERO[bits], CODE_ZERO[bits] - 1
+    return ((weight / safe).round_().clamp_(low, high) + CODE_ZERO[bits]).to(torch.uint8)
+
+
+def _search_scale(groups: Tensor) -> Tensor:
+    """The bfloat16 scale [..., 1] of each int4 group that leaves the least squared error, among shrunken full ranges."""
+    largest = groups.abs().amax(-1, keepdim=True)
+    best = torch.zeros_like(largest, dtype=torch.bfloat16)
+    least = groups.square().sum(-1, keepdim=True)
+    for step in range(SHRINKINGS):
+        # At -8 the whole range is kept; at 12.5 a third is cut off, which pays where one weight stands out.
+        for sign in (1.0, -1.0):
+            scale = (sign * largest / (6.5 + 6.0 * step / SHRINKINGS)).to(torch.bfloat16)
+            codes = _codes(groups, scale.float(), 4).float() - CODE_ZERO[4]
+            # The scale that fits these codes best, by least squares.
+            fitted = (
+                (groups * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp(min=1)
+            ).to(torch.bfloat16)
+            error = (groups - codes * fitted.float()).square().sum(-1, keepdim=True)
+            better = error < least
+            best, least = torch.where(better, fitted, best), torch.where(better, error, least)
+    return best
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [outputs, width] to int32 words [outputs, width * bits / 32], the first code in the lowest bits."""
+    if bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    return codes.contiguous().view(torch.int32)
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """What `_pack` packed."""
+    codes = words.view(torch.uint8)
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1) if bits == 4 else codes
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weights are codes; its activations keep their number format.
+
+    On a CPU that the C++ kernels serve, activations are rounded to 8 bits too, in groups of 64 (int8) or 32 (int4) with a
+    scale each, and codes are multiplied with codes; elsewhere the weights are spelled out for each product.
+
+    Args:
+        width: inputs.
+        outputs: outputs.
+        bits: 8 or 4.
+        bias: a bias, or None.
+        device: where its empty buffers are made.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        outputs: int,
+        bits: int,
+        bias: Tensor | None = None,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.bits = width, outputs, bits
+        blocks, groups = -(-outputs // CODE_BLOCK), -(-width // CODE_GROUP[4]) if bits == 4 else 1
+        words = native.code_words(width, bits)
+        self.codes: Tensor
+        self.scale: Tensor
+        self.register_buffer(
+            "codes", torch.zeros(blocks, words, CODE_BLOCK, dtype=torch.int32, device=device)
+        )
+        self.register_buffer(
+            "scale", torch.zeros(blocks, groups, CODE_BLOCK, dtype=torch.bfloat16, device=device)
+        )
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, weight: Tensor, bias: Tensor | None, bits: int) -> "QuantizedLinear":
+        """Round a matrix [outputs, width]."""
+        layer = cls(weight.shape[1], weight.shape[0], bits, bias, weight.device)
+        codes, scale = round_weights(weight, bits)
+        padding = native.code_words(weight.shape[1], bits) * 32 // bits - weight.shape[1]
+        layer.set_words(_pack(functional.pad(codes, (0, padding), value=CODE_ZERO[bits]), bits), scale)
+        return layer
+
+    def set_words(self, words: Tensor, scale: Tensor) -> None:
+        """Take packed codes, int32 [outputs, words], and bfloat16 scales [outputs, groups]."""
+        rows = -self.out_features % CODE_BLOCK
+        words = functional.pad(words, (0, self.codes.shape[1] - words.shape[1], 0, rows))
+        self.codes.copy_(words.view(-1, CODE_BLOCK, words.shape[1]).transpose(1, 2))
+        scale = functional.pad(scale, (0, 0, 0, rows))
+        self.scale.copy_(scale.view(-1, CODE_BLOCK, scale.shape[1]).transpose(1, 2))
+
+    def words(self) -> tuple[Tensor, Tensor]:
+        """What `set_words` takes; the codes without the padding at the end of a row."""
+        words = self.codes.transpose(1, 2).flatten(0, 1)[: self.out_features]
+        scale = self.scale.transpose(1, 2).flatten(0, 1)[: self.out_features]
+        words = words[:, : -(-self.in_features * self.bits // 32)]
+        return words.clone(memory_format=torch.contiguous_format), scale.clone(
+            memory_format=torch.contiguous_format
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix spelled out: float32 [outputs, width]."""
+        words, scale = self.words()
+        codes = _unpack(words, self.bits)[:, : self.in_features].float() - CODE_ZERO[self.bits]
+        if self.bits == 4:
+            scale = scale.repeat_interleave(CODE_GROUP[4], dim=1)[:, : self.in_features]
+        return codes * scale.float()
+
+    def native_weight(self) -> Weight:
+        """Itself, as the C++ kernels take it."""
+        return Weight(self.codes, self.scale, self.bias, self.out_features, self.bits)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] to [..., outputs]."""
+        if native.suits(hidden):
+            return native.linear(hidden.contiguous(), (self.native_weight(),))
+        return functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
+
+
 def native_weights(hidden: Tensor, linears: Sequence[nn.Module]) -> list[Weight] | None:
     """The matrices of linear layers that multiply the same rows, as the C++ kernels take them at once; None where they do
     not serve: gradients are wanted, there are many rows for plain weights, or a layer is of another kind."""
@@ -73,6 +229,9 @@ def native_weights(hidden: Tensor, linears: Sequence[nn.Module]) -> list[Weight]
         else:
             return None
     return weights if all(weight.bits == weights[0].bits for weight in weights) else None
+
+
+# ---- layers
 
 
 def touch(tap: Tap | None, name: str, value: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.errors import InputError
-from glasshouse.models.layers import Linear
-from glasshouse.models.quantized import QuantizedLinear
+from glasshouse.models.layers import Linear, QuantizedLinear
 
 Base = nn.Linear | QuantizedLinear
 LOW_RANK = ("down", "up", "magnitude")
