@@ -37,6 +37,9 @@ EXPORT_HELP = {
     "out FOLDER": "the folder to make; exports/NAME-FORMAT by default",
     "limit SHARE": "how far logits may typically move, as a share of their spread; each type has its own",
 }
+SERVE_HELP = {
+    "MODEL": "a run, a model folder, or a folder in Hugging Face layout; several may follow, each as NAME=PATH"
+}
 RESUME_HELP = {"resume": "go on with the unfinished run in --out, exactly where it stopped"}
 
 
@@ -218,6 +221,22 @@ def _generate(words: list[str]) -> int:
     return 0
 
 
+def _serve(words: list[str]) -> int:
+    from glasshouse.config import parse_config
+
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    paths, rest = words[:count], words[count:]
+    if not paths and not {"--help", "-h"} & set(rest):
+        raise InputError("MODEL is missing", "", "write glasshouse serve MODEL [MODEL ...]")
+    try:
+        from glasshouse.serve.server import ServeConfig, serve
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{error.name} is not installed", "", 'in the project folder, pip install ".[serve]"'
+        ) from None
+    return serve(paths, parse_config(ServeConfig, rest, "serve", options=SERVE_HELP))
+
+
 def _report(words: list[str]) -> int:
     [path] = _take_positionals("report", words, "RUN")
     _refuse_rest("report RUN", words, {"RUN": "the run whose card is written"})
@@ -364,5 +383,6 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "compare": ("two runs, paired, with intervals", _compare),
     "report": ("a run -> its model card", _report),
     "export": ("a model -> GGUF for llama.cpp and Ollama, or ONNX, proved by replaying prompts", _export),
+    "serve": ("models over HTTP, by OpenAI's interface, with a page to see through them", _serve),
     "plan": ("predicted memory, time and energy of a recipe, before anything runs", _plan),
 }

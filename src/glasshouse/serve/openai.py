@@ -62,9 +62,14 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     @property
+    def kind(self) -> str:
+        """OpenAI's type of it."""
+        return TYPES.get(self.status, "server_error")
+
+    @property
     def body(self) -> dict[str, Any]:
         """The error object."""
-        facts = {"message": self.message, "type": TYPES.get(self.status, "server_error")}
+        facts = {"message": self.message, "type": self.kind}
         return {"error": {**facts, "param": self.param, "code": self.code}}
 
     @property
@@ -73,22 +78,23 @@ class ApiError(Exception):
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
 
-def api_error(error: BaseException, param: str | None = None) -> ApiError:
+def api_error(error: BaseException, prompt: str = "prompt") -> ApiError:
     """The error object for whatever went wrong.
 
     Args:
         error: what was raised. Only an InputError's text is shown: it is written for whoever asked.
-        param: the field to name where the error names none.
+        prompt: the request's own name for what the engine calls its prompt.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
         return ApiError(429, "too many requests wait: try again later", None, "queue_full", RETRY_SECONDS)
     if isinstance(error, InputError):
-        where = FIELDS.get(error.where.removeprefix("--"), error.where.removeprefix("--"))
+        where = error.where.removeprefix("--")
+        where = prompt if where == "prompt" else FIELDS.get(where, where)
         message = error.what + (f": {error.fix}" if error.fix else "")
         code = "context_length_exceeded" if "reads at most" in error.what else "invalid_value"
-        return ApiError(400, message, param or where or None, code)
+        return ApiError(400, message, where or None, code)
     return ApiError(500, "an error inside the server; its log says more", None, "internal_error")
 
 
@@ -160,7 +166,7 @@ def _ranked(token: Token) -> list[tuple[int, float]]:
 def chat_logprob(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
     """The log-probabilities of one token of a chat: its own and its alternatives', with `token_id` besides."""
 
-    def entry(number: int, logprob: float) -> dict[str, Any]:
+    def entry(number: int, logprob: float | None) -> dict[str, Any]:
         data = list(tokenizer.token_bytes(number))
         return {
             "token": token_name(tokenizer, number),
@@ -170,11 +176,12 @@ def chat_logprob(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
         }
 
     top = [entry(number, logprob) for number, logprob in _ranked(token)]
-    return {**entry(token.id, log_probability(token.probability)), "top_logprobs": top}
+    own = None if math.isnan(token.probability) else log_probability(token.probability)
+    return {**entry(token.id, own), "top_logprobs": top}
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[Token], texts: Sequence[str], offset: int = 0
+    tokenizer: Tokenizer, tokens: Sequence[Token], texts: Sequence[str], offset: int = 0, ids: bool = False
 ) -> dict[str, Any]:
     """The log-probabilities of a completion: lists that run along the tokens.
 
@@ -183,30 +190,24 @@ def completion_logprobs(
         tokens: in order; one that nothing precedes has a probability that is not a number and gets null.
         texts: what each added to the text.
         offset: characters before the first.
-
-    Returns:
-        tokens, token_logprobs, top_logprobs, text_offset, and as an extension token_ids and top_token_ids.
+        ids: whether the same is given once more in the form of a chat, with token ids (an extension).
     """
     places, place = [], offset
     for text in texts:
         places.append(place)
         place += len(text)
-    first = [math.isnan(token.probability) for token in tokens]
-    tops = [None if none else _ranked(token) for token, none in zip(tokens, first, strict=True)]
-    return {
+    own = [None if math.isnan(token.probability) else log_probability(token.probability) for token in tokens]
+    tops: list[dict[str, float] | None] = []
+    for token, logprob in zip(tokens, own, strict=True):
+        top = {token_name(tokenizer, number): value for number, value in _ranked(token)}
+        tops.append(None if logprob is None else {token_name(tokenizer, token.id): logprob, **top})
+    shape: dict[str, Any] = {
         "tokens": [token_name(tokenizer, token.id) for token in tokens],
-        "token_logprobs": [
-            None if none else log_probability(token.probability)
-            for token, none in zip(tokens, first, strict=True)
-        ],
-        "top_logprobs": [
-            None if top is None else {token_name(tokenizer, number): logprob for number, logprob in top}
-            for top in tops
-        ],
+        "token_logprobs": own,
+        "top_logprobs": tops,
         "text_offset": places,
-        "token_ids": [token.id for token in tokens],
-        "top_token_ids": [None if top is None else [number for number, _ in top] for top in tops],
     }
+    return shape | ({"content": [chat_logprob(tokenizer, token) for token in tokens]} if ids else {})
 
 
 def finish_reason(finish: str) -> str:

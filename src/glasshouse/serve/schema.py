@@ -6,7 +6,7 @@ Bounds of numbers are those of inference/sampling.py. Knows nothing of models or
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from glasshouse.inference.sampling import BIAS_BOUNDS, BOUNDS
 
@@ -123,6 +123,8 @@ def _check_prompt(value: Any) -> Any:
         raise ValueError("an empty list; " + message)
     if len(value) > MOST_INPUTS:
         raise ValueError(f"{len(value):,} entries; give at most {MOST_INPUTS}")
+    if not all(value):
+        raise ValueError("an empty text; leave prompt out to begin a document")
     if all(isinstance(item, str) for item in value):
         return [_check_text(item) for item in value]
     if not all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
@@ -151,19 +153,12 @@ Prompts = Annotated[
 class CompletionRequest(Writing):
     """A text to continue: POST /v1/completions."""
 
-    prompt: Prompts
+    prompt: Prompts | None = Field(None, description="Without one, a document is begun.")
     max_tokens: int | None = Field(16, ge=0, le=MOST_TOKENS, strict=True, description="0 only with echo.")
     best_of: Count | None = Field(None, description="Write so many and give the n likeliest.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, strict=True, description="Alternatives shown.")
     echo: Switch | None = Field(False, description="Give the prompt back, with its odds where logprobs asks.")
     suffix: str | None = Field(None, max_length=1000, description="Not supported: must be empty.")
-
-    @field_validator("prompt")
-    @classmethod
-    def _few_prompts(cls, value: Prompt) -> Prompt:
-        if len(value) > MOST_PROMPTS:
-            raise ValueError(f"{len(value):,} prompts; give at most {MOST_PROMPTS}")
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "CompletionRequest":
@@ -175,8 +170,8 @@ class CompletionRequest(Writing):
             raise ValueError("best_of: give n or more")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
             raise ValueError("best_of: the best cannot be known while it is streamed; leave out stream")
-        if len(self.prompt) * (self.best_of or self.n or 1) > MOST_PROMPTS:
-            raise ValueError(f"n: prompts times answers must be at most {MOST_PROMPTS}")
+        if len(self.prompt or [""]) * (self.best_of or self.n or 1) > MOST_PROMPTS:
+            raise ValueError(f"prompt: prompts times answers must be at most {MOST_PROMPTS}")
         return self
 
 
