@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from glasshouse.artifact import open_artifact, save_artifact
+from glasshouse.inference.embedding import embed_texts
 from glasshouse.models.encoder import Encoder, EncoderConfig, HeadConfig, mean_of_tokens
 from glasshouse.text.reading import read_text
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
@@ -272,6 +273,7 @@ def test_embeddings_of_real_weights(mini_lm):
         ours = torch.nn.functional.normalize(mean_of_tokens(artifact.model(tokens, mask=mask), mask))
         pooled = artifact.model.logits(artifact.model(tokens, mask=mask))
     assert (ours - expected).abs().max() < 1e-5
+    assert (embed_texts(artifact, texts) - expected).abs().max() < 1e-5
     assert (pooled - reference(**theirs).pooler_output).abs().max() < 1e-5
     near, far = (ours[0] @ ours[1]).item(), (ours[0] @ ours[2]).item()
     assert near > 0.4 > 0.2 > far
