@@ -1,7 +1,6 @@
 """The engine: cached decoding is full recomputation, text comes whole, and it stops where it should."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,21 +37,21 @@ def random_model(vocab_size, context_length=64):
     return model.eval()
 
 
-class ScriptedModel:
-    """Says given tokens, whatever it reads; keeps the cache as a decoder would, and counts what it was fed."""
+class ScriptedModel(Decoder):
+    """Says given tokens, whatever it reads, and counts what it was fed."""
 
     def __init__(self, script, vocab_size, prompt_length=1):
-        self.config = SimpleNamespace(context_length=1000, vocab_size=vocab_size, num_layers=1)
-        self.output_weight = torch.zeros(1)
-        self.script, self.vocab_size, self.prompt_length, self.fed = script, vocab_size, prompt_length, []
+        super().__init__(DecoderConfig(vocab_size, 8, 1, 1, 1, 8, 8, 1000))
+        self.script, self.prompt_length, self.fed = script, prompt_length, []
 
-    def __call__(self, tokens, cache):
-        self.fed.append(tokens.shape[1])
-        cache.extend(0, torch.zeros(1, 1, tokens.shape[1], 1), torch.zeros(1, 1, tokens.shape[1], 1))
-        return torch.full((1, tokens.shape[1], 1), cache.length - self.prompt_length, dtype=torch.float)
+    def forward(self, tokens, *, positions=None, documents=None, cache=None, tap=None):
+        super().forward(tokens, positions=positions, cache=cache)
+        self.fed.append(positions[0].tolist())
+        return (positions[..., None] + 1.0 - self.prompt_length).expand(*tokens.shape, 8)
 
     def logits(self, hidden):
-        return 50.0 * torch.nn.functional.one_hot(torch.tensor(self.script[int(hidden[0])]), self.vocab_size)
+        places = hidden[..., 0].long().clamp(0, len(self.script) - 1)
+        return 50.0 * torch.nn.functional.one_hot(torch.tensor(self.script)[places], self.config.vocab_size)
 
 
 def scripted(tokenizer, script, **config):
@@ -75,7 +74,13 @@ def test_greedy_is_full_recomputation(model, tokenizer):
 def test_the_prompt_is_read_once_and_each_token_once(tokenizer):
     model = ScriptedModel([5, 6, 7, tokenizer.end_of_document], tokenizer.vocab_size, prompt_length=9)
     assert [token.id for token in generate(model, tokenizer, range(9), GREEDY)][:3] == [5, 6, 7]
-    assert model.fed == [9, 1, 1, 1]
+    assert [max(positions) for positions in model.fed] == [
+        8,
+        9,
+        10,
+        11,
+    ]  # shorter passes are padded with position 0
+    assert [sum(place > 0 for place in positions) for positions in model.fed] == [8, 1, 1, 1]
 
 
 def test_odds_are_the_models_own_whatever_the_rules(model, tokenizer):

@@ -1,6 +1,8 @@
 """The only path by which anything generates: prompts' tokens in, tokens with their text and their odds out.
 
-Knows models and tokenizers; nothing of files, terminals or servers.
+Many requests at once: each step reads one token of every answer that is being written, and a chunk of the prompts that
+are being read. What a request gets does not depend on what runs beside it: see `paged.py`. Knows models and
+tokenizers; nothing of files, terminals or servers.
 """
 
 import itertools
@@ -8,44 +10,43 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from glasshouse.errors import InputError
-from glasshouse.inference.cache import ContiguousCache
+from glasshouse.inference.cache import PagedCache, free_blocks
+from glasshouse.inference.paged import Piece, Reader
 from glasshouse.inference.request import EngineSettings, EngineStatistics, Event, QueueFull, Request, Token
-from glasshouse.inference.sampling import GenerationConfig, require_tokens
-from glasshouse.inference.schedule import Answer
+from glasshouse.inference.sampling import GenerationConfig, likeliest, odds, require_tokens
+from glasshouse.inference.schedule import Answer, Row, Schedule
 from glasshouse.models.decoder import Decoder
 from glasshouse.text.tokenizer import Tokenizer
 
+Item = TypeVar("Item")
 
-def require_request(request: Request, model: Decoder, tokenizer: Tokenizer) -> None:
-    """Refuse what can never run.
 
-    Raises:
-        InputError: the prompt leaves no room in the model's context, or something names an id that is no token.
+@dataclass(frozen=True)
+class _Choice:
+    """An answer whose next token is chosen.
+
+    Args:
+        answer: whose.
+        first: its first row of the logits; one more row for each draft.
+        drafts: its own guess of the tokens, read along.
     """
-    length, context = max(len(request.prompt), 1), model.config.context_length
-    if length >= context:
-        raise InputError(
-            f"the prompt has {length:,} tokens and the model reads at most {context:,}, the new ones included",
-            "prompt", "shorten the prompt",
-        )  # fmt: skip
-    if request.prompt and (min(request.prompt) < 0 or max(request.prompt) >= model.config.vocab_size):
-        raise InputError(
-            f"token {max(request.prompt)} in a vocabulary of {model.config.vocab_size:,}",
-            "prompt",
-            "use the model's tokenizer",
-        )
-    require_tokens(request.config, tokenizer.vocab_size)
+
+    answer: Answer
+    first: int
+    drafts: Sequence[int] = ()
 
 
 class Engine:
     """Answers many requests at once.
 
-    `submit` and `cancel` may be called from any thread; `step`, `stream` and `complete` by one at a time.
+    `submit`, `cancel` and `statistics` may be used from any thread; `step`, `stream` and `complete` by one at a time.
 
     Args:
         model: a decoder in evaluation mode.
@@ -55,31 +56,38 @@ class Engine:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, settings: EngineSettings | None = None):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or EngineSettings()
+        size, tokens = self.settings.block_size, self.settings.cache_tokens
+        most = self.settings.max_batch * model.config.context_length
+        blocks = -(-tokens // size) if tokens else free_blocks(model, size, most)
+        self.cache = PagedCache(model, blocks, size)
+        self.reader = Reader(model, self.cache, self.settings.max_batch, self.settings.chunk)
+        self._schedule = Schedule(self.cache, self.settings)
         self._lock, self._tickets = threading.Lock(), itertools.count()
-        self._waiting: deque[Answer] = deque()
-        self._running: list[tuple[Answer, ContiguousCache]] = []
+        self._inbox: list[Answer] = []
         self._cancelled: set[int] = set()
-        self._steps = self._tokens = self._prompt_tokens = 0
+        self._held: dict[int, deque[Event]] = {}
+        self._steps = self._tokens = self._prompt_tokens = self._accepted = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._running
+        return self._inside() == 0
 
     @property
     def statistics(self) -> EngineStatistics:
         """How it is doing."""
+        schedule, pool = self._schedule, self.cache.pool
         return EngineStatistics(
-            len(self._waiting),
-            len(self._running),
-            0,
-            0,
-            self._steps,
-            self._prompt_tokens,
-            self._tokens,
-            0,
-            0,
-            0,
+            queued=len(self._inbox) + len(schedule.waiting),
+            running=len(schedule.running),
+            cache_blocks_used=pool.total - pool.free,
+            cache_blocks_total=pool.total,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            tokens=self._tokens,
+            reused_tokens=schedule.reused_tokens,
+            preemptions=schedule.preemptions,
+            accepted_tokens=self._accepted,
         )
 
     def submit(self, request: Request) -> int:
@@ -92,121 +100,275 @@ class Engine:
             QueueFull: too many wait.
             InputError: it can never run.
         """
-        require_request(request, self.model, self.tokenizer)
+        room = self._require(request)
         with self._lock:
-            if (
-                len(self._waiting) >= self.settings.max_queue
-                and len(self._running) >= self.settings.max_batch
-            ):
-                raise QueueFull(f"{len(self._waiting)} requests wait", "", "try again later")
-            answer = Answer(next(self._tickets), request, self.tokenizer, self.model.config.context_length)
-            self._waiting.append(answer)
-            return answer.ticket
+            inside = self._inside()
+            if inside >= self.settings.max_batch + self.settings.max_queue:
+                raise QueueFull(f"{inside} requests are waiting or running", "", "try again later")
+            ticket = next(self._tickets)
+            self._inbox.append(Answer(ticket, request, self.tokenizer, room, self.settings.block_size))
+            return ticket
+
+    def _inside(self) -> int:
+        return len(self._inbox) + len(self._schedule.waiting) + len(self._schedule.running)
+
+    def _require(self, request: Request) -> int:
+        """Refuse what can never run; else, how many tokens it may have."""
+        room = min(self.model.config.context_length, self.cache.pool.total * self.settings.block_size)
+        _require_request(request, self.model, self.tokenizer, room)
+        return room
 
     def cancel(self, ticket: int) -> None:
-        """Stop a request: no event of it comes from a later step, and its place is free. Unknown tickets do nothing."""
+        """Stop a request: later steps tell nothing of it, and the next one frees its place. Unknown tickets do nothing."""
         with self._lock:
             self._cancelled.add(ticket)
 
     def step(self) -> list[Event]:
-        """One token for each running request.
+        """Read a chunk of the prompts and a token of each answer, and choose the tokens that come next.
 
         Returns:
-            What happened, in the order of the requests; empty when there is nothing to do.
+            What happened; nothing when there was nothing to do, or only prompts were read.
         """
         with self._lock:
-            gone, self._cancelled = self._cancelled, set()
-            self._waiting = deque(answer for answer in self._waiting if answer.ticket not in gone)
-            self._running = [pair for pair in self._running if pair[0].ticket not in gone]
-            while self._waiting and len(self._running) < self.settings.max_batch:
-                cache = ContiguousCache(self.model.config.num_layers)
-                self._running.append((self._waiting.popleft(), cache))
-        events = [self._advance(answer, cache) for answer, cache in self._running]
-        over = {event.ticket for event in events if event.is_last}
-        self._running = [pair for pair in self._running if pair[0].ticket not in over]
-        self._steps += 1
+            self._schedule.waiting.extend(self._inbox)
+            self._inbox.clear()
+            self._schedule.remove(self._cancelled)
+            self._cancelled.clear()
+        plan = self._schedule.plan()
+        events = [Event(answer.ticket, None, error) for answer, error in plan.failed]
+        choices, hidden = [], []
+        for (answer, piece), found in _each_alone(self._read_pieces, plan.pieces):
+            if isinstance(found, Exception):
+                events.append(Event(answer.ticket, None, found))
+                continue
+            self._prompt_tokens += len(piece.tokens)
+            self._schedule.advance(answer, piece.end)
+            if answer.request.prompt_odds is not None:
+                self._write_prompt(answer, piece, found)
+            if answer.computed == len(answer.tokens):
+                choices.append(_Choice(answer, len(hidden)))
+                hidden.append(found[-1:])
+        for row, found in _each_alone(self._read_rows, plan.rows):
+            if isinstance(found, Exception):
+                events.append(Event(row.answer.ticket, None, found))
+            elif not row.is_current:
+                self._schedule.advance(row.answer, row.answer.computed + len(row.tokens))
+            else:
+                drafts = row.tokens[len(row.tokens) - row.drafts :]
+                choices.append(_Choice(row.answer, sum(map(len, hidden)), drafts))
+                hidden.append(found[-1 - row.drafts :])
+        if choices:
+            events += self._choose(choices, self._logits(torch.cat(hidden)))
+        self._steps += bool(plan.pieces or plan.rows)
+        self._schedule.remove(event.ticket for event in events if event.is_last)
         return events
 
+    def _read_pieces(self, items: Sequence[tuple[Answer, Piece]]) -> list[Tensor]:
+        hidden = self.reader.read_pieces([piece for _, piece in items])
+        return list(hidden.split([len(piece.tokens) for _, piece in items]))
+
+    def _read_rows(self, rows: Sequence[Row]) -> list[Tensor]:
+        tokens = [token for row in rows for token in row.tokens]
+        tables = [row.answer.table for row in rows for _ in row.tokens]
+        starts = [(row.answer.computed, row.answer.computed + len(row.tokens)) for row in rows]
+        positions = [place for start, end in starts for place in range(start, end)]
+        return list(self.reader.read_rows(tokens, tables, positions).split([len(row.tokens) for row in rows]))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        # An embedding may have more rows than there are tokens, to make its size round.
+        return self.reader.logits(hidden)[:, : self.tokenizer.vocab_size]
+
     @torch.inference_mode()
-    def _advance(self, answer: Answer, cache: ContiguousCache) -> Event:
-        try:
-            unread = torch.tensor([answer.tokens[cache.length :]])
-            hidden = self.model(unread, cache=cache)[0, -1]
-            # An embedding may have more rows than there are tokens, to make its size round.
-            logits = self.model.logits(hidden)[: self.tokenizer.vocab_size].float()
-            constraint = answer.request.constraint
-            allowed = None if constraint is None else constraint.allowed()
-            chosen = answer.sampler.choose(torch.tensor(answer.tokens), logits, allowed)
-            number, logarithm, rank, entropy = _odds(logits, chosen).tolist()
-            if not math.isfinite(logarithm):
-                raise InputError(
-                    "the model's logits are not finite numbers",
-                    "model",
-                    "its weights are damaged or training diverged",
-                )
+    def _choose(self, choices: Sequence[_Choice], logits: Tensor) -> list[Event]:
+        """The next tokens of some answers; the device is waited for when the numbers are fetched."""
+        failed: dict[int, Exception] = {}
+        chosen = logits.argmax(-1)
+        for choice in choices:
+            if choice.answer.request.constraint is None and choice.answer.sampler.is_plain:
+                continue
+            try:
+                self._draw(choice, logits, chosen)
+            except Exception as error:  # whatever a rule or a constraint of this request raised
+                failed[choice.answer.ticket] = error
+        numbers = odds(logits, chosen).tolist()
+        others = likeliest(logits, _wanted(choices))
+        events = []
+        for choice in choices:
+            error = failed.get(choice.answer.ticket)
+            if error is not None:
+                events.append(Event(choice.answer.ticket, None, error))
+            else:
+                events += self._write(choice, numbers, others)
+        return events
+
+    def _draw(self, choice: _Choice, logits: Tensor, chosen: Tensor) -> None:
+        """Choose by the answer's own rules, draw and constraint: one token, and one more for each draft that was right."""
+        answer, length = choice.answer, len(choice.answer.tokens)
+        for place, draft in enumerate([*choice.drafts, -1]):
+            row, constraint = choice.first + place, answer.request.constraint
+            allowed = None if constraint is None else constraint.allowed().to(logits.device)
+            text = answer.text[: length + place].to(logits.device)
+            chosen[row] = answer.sampler.choose(text, logits[row], allowed)
+            if constraint is None and draft < 0:
+                return  # nothing here needs to know which it was
+            token = int(chosen[row])
             if constraint is not None:
-                constraint.advance(int(number))
-            self._tokens += 1
-            likeliest = _likeliest(logits, answer.request.alternatives)
-            return Event(answer.ticket, answer.write(int(number), (logarithm, int(rank), entropy), likeliest))
-        except Exception as error:
-            return Event(answer.ticket, None, error)
+                constraint.advance(token)
+            if token != draft or token in answer.ends:
+                return
+            answer.note(length + place, token)
+
+    def _write(
+        self,
+        choice: _Choice,
+        numbers: Sequence[Sequence[float]],
+        others: dict[int, list[tuple[int, float]]],
+    ) -> list[Event]:
+        """Tell of the tokens that were chosen, and keep in the cache what was read of them."""
+        answer, events = choice.answer, []
+        start = len(answer.tokens)
+        for place, draft in enumerate([*choice.drafts, -1]):
+            row = choice.first + place
+            number, logarithm, rank, entropy = numbers[row]
+            if not math.isfinite(logarithm):
+                return [*events, Event(answer.ticket, None, _not_finite())]
+            prompt = answer.prompt_tokens() if len(answer.tokens) == answer.prompt_length else ()
+            token = answer.write(int(number), (logarithm, int(rank), entropy), others.get(row, ()))
+            events.append(Event(answer.ticket, token, None, prompt))
+            if token.finish or token.id != draft:
+                break
+        self._tokens += len(events)
+        self._accepted += len(events) - 1
+        self._schedule.advance(answer, start + len(events) - 1)
+        return events
+
+    def _write_prompt(self, answer: Answer, piece: Piece, hidden: Tensor) -> None:
+        """Keep the odds of the prompt's own tokens: each is told by the vector before it."""
+        if piece.start == 0:
+            answer.write_prompt(0, None, ())
+        places = range(piece.start + 1, min(piece.end + 1, answer.prompt_length))
+        if not places:
+            return
+        logits = self._logits(hidden[: len(places)])
+        told = torch.tensor([answer.tokens[place] for place in places], device=logits.device)
+        others = likeliest(logits, dict.fromkeys(range(len(places)), answer.request.prompt_odds or 0))
+        for row, (place, numbers) in enumerate(zip(places, odds(logits, told).tolist(), strict=True)):
+            answer.write_prompt(place, (numbers[1], int(numbers[2]), numbers[3]), others.get(row, ()))
 
     def stream(self, request: Request) -> Iterator[Token]:
-        """Submit a request and go on until it is done; leaving the iterator early cancels it.
+        """Submit a request, when the first token is asked for, and go on until it is done; leaving early cancels it.
+
+        Several streams of one engine may be read in turns.
 
         Raises:
-            InputError: it can never run; while iterating, it failed.
+            InputError: it can never run; while iterating, it failed, or too many wait.
         """
-        return self._drive(self.submit(request))
+        self._require(request)
+        return self._stream(request)
 
-    def _drive(self, ticket: int) -> Iterator[Token]:
-        done = False
+    def _stream(self, request: Request) -> Iterator[Token]:
+        ticket = self._open(request)
         try:
-            while not done:
-                for event in self.step():
-                    if event.ticket != ticket:
-                        continue
-                    done = event.is_last
-                    if event.token is None:
-                        raise event.error or RuntimeError("failed without an error")
-                    yield event.token
+            while True:
+                token = self._next(ticket)
+                yield token
+                if token.finish:
+                    return
         finally:
-            if not done:
-                self.cancel(ticket)
+            self._close(ticket)
 
     def complete(self, requests: Sequence[Request]) -> list[list[Token]]:
-        """Answer many requests together.
+        """Answer any number of requests together.
 
         Returns:
             The tokens of each, in order.
 
         Raises:
-            InputError: one can never run, or failed.
+            InputError: one can never run, or failed; the others are cancelled.
         """
-        answers: dict[int, list[Token]] = {self.submit(request): [] for request in requests}
-        while not self.is_idle:
-            for event in self.step():
-                if event.token is None:
-                    raise event.error or RuntimeError("failed without an error")
-                if event.ticket in answers:
-                    answers[event.ticket].append(event.token)
-        return list(answers.values())
+        for request in requests:
+            self._require(request)
+        answers: dict[int, list[Token]] = {}
+        most, left = self.settings.max_batch + self.settings.max_queue, deque(requests)
+        try:
+            while left or not all(tokens and tokens[-1].finish for tokens in answers.values()):
+                while left and self._inside() < most:
+                    answers[self._open(left.popleft())] = []
+                self._hand_out()
+                for ticket, tokens in answers.items():
+                    tokens += [self._next(ticket) for _ in range(len(self._held[ticket]))]
+            return list(answers.values())
+        finally:
+            for ticket in answers:
+                self._close(ticket)
+
+    def _open(self, request: Request) -> int:
+        ticket = self.submit(request)
+        self._held[ticket] = deque()
+        return ticket
+
+    def _next(self, ticket: int) -> Token:
+        while not self._held[ticket]:
+            self._hand_out()
+        event = self._held[ticket].popleft()
+        if event.token is None:
+            raise event.error or RuntimeError("failed without an error")
+        return event.token
+
+    def _close(self, ticket: int) -> None:
+        del self._held[ticket]
+        self.cancel(ticket)
+
+    def _hand_out(self) -> None:
+        for event in self.step():
+            if event.ticket in self._held:
+                self._held[event.ticket].append(event)
 
 
-def _likeliest(logits: Tensor, count: int) -> list[tuple[int, float]]:
-    if not count:
+def _require_request(request: Request, model: Decoder, tokenizer: Tokenizer, room: int) -> None:
+    """Refuse what can never run."""
+    length = max(len(request.prompt), 1)
+    if length >= room:
+        raise InputError(
+            f"the prompt has {length:,} tokens and the model reads at most {room:,}, the new ones included",
+            "prompt", "shorten the prompt",
+        )  # fmt: skip
+    if request.prompt and (min(request.prompt) < 0 or max(request.prompt) >= model.config.vocab_size):
+        raise InputError(
+            f"token {max(request.prompt)} in a vocabulary of {model.config.vocab_size:,}",
+            "prompt",
+            "use the model's tokenizer",
+        )
+    require_tokens(request.config, tokenizer.vocab_size)
+
+
+def _each_alone(
+    read: Callable[[Sequence[Item]], list[Tensor]], items: Sequence[Item]
+) -> list[tuple[Item, Tensor | Exception]]:
+    """Read all items at once; where that fails, each by itself, so that only those fail whose fault it is."""
+    if not items:
         return []
-    top = logits.softmax(-1).topk(min(count, len(logits)))
-    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    try:
+        return list(zip(items, read(items), strict=True))
+    except Exception as error:
+        if len(items) == 1:
+            return [(items[0], error)]
+        return [outcome for item in items for outcome in _each_alone(read, [item])]
 
 
-def _odds(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Id, log-probability, rank and entropy (nats) of the chosen token under softmax(logits): float64 [4]."""
-    logs = logits.log_softmax(-1)
-    rank = (logits > logits[chosen]).sum() + 1
-    entropy = -(logs.exp() * logs).nan_to_num(0.0).sum()  # 0 · log 0 is 0
-    return torch.stack([chosen.double(), logs[chosen].double(), rank.double(), entropy.double()])
+def _not_finite() -> InputError:
+    return InputError(
+        "the model's logits are not finite numbers", "model", "its weights are damaged or training diverged"
+    )
+
+
+def _wanted(choices: Sequence[_Choice]) -> dict[int, int]:
+    """Rows of the logits whose likeliest tokens are shown, and how many."""
+    return {
+        choice.first + place: choice.answer.request.alternatives
+        for choice in choices
+        for place in range(len(choice.drafts) + 1)
+    }
 
 
 def generate(

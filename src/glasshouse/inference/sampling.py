@@ -64,6 +64,8 @@ BOUNDS: Mapping[str, Bounds] = {
 }
 """What every number of a GenerationConfig may be; a server refuses by the same table."""
 BIAS_BOUNDS = Bounds(-100, 100)
+SPAN = 128
+"""Numbers that are added up at once where a sum must not depend on how many rows there are."""
 MOST_BIASES = 1024
 """Entries of a logit_bias."""
 MOST_STOPS, LONGEST_STOP = 64, 1024
@@ -380,6 +382,31 @@ def choose_batch(
         if mask is not None or not sampler.is_plain:
             chosen[row] = sampler.choose(text, logits[row], mask)
     return chosen
+
+
+def likeliest(logits: Tensor, wanted: dict[int, int]) -> dict[int, list[tuple[int, float]]]:
+    """Ids and probabilities of the likeliest tokens of some rows, as many as each wants: row -> [(id, probability)]."""
+    rows = [row for row, count in wanted.items() if count]
+    if not rows:
+        return {}
+    most = min(max(wanted.values()), logits.shape[1])
+    top = logits[rows].softmax(-1).topk(most)
+    pairs = zip(rows, top.indices.tolist(), top.values.tolist(), strict=True)
+    return {
+        row: list(zip(ids[: wanted[row]], chances[: wanted[row]], strict=True)) for row, ids, chances in pairs
+    }
+
+
+def odds(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Id, log-probability, rank and entropy (nats) of a token per row under softmax(logits): float64 [R, 4]."""
+    logs = logits.log_softmax(-1)
+    rank = (logits > logits.gather(1, chosen[:, None])).sum(-1) + 1
+    terms = (logs.exp() * logs).nan_to_num_(0.0)  # 0 · log 0 is 0
+    # A single long row would be shared out among the threads, and added up in another order than one of many.
+    even = terms.shape[1] // SPAN * SPAN
+    entropy = -(terms[:, :even].unflatten(1, (-1, SPAN)).sum(-1).sum(-1) + terms[:, even:].sum(-1))
+    told = logs.gather(1, chosen[:, None])[:, 0]
+    return torch.stack([chosen.double(), told.double(), rank.double(), entropy.double()], dim=1)
 
 
 def expand(config: GenerationConfig) -> list[GenerationConfig]:
