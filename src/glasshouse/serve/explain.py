@@ -208,7 +208,12 @@ def _odds(logits: Tensor, chosen: Tensor, tokenizer: Tokenizer, alternatives: in
 
 def _likely(tokenizer: Tokenizer, ids: Sequence[int], chances: Sequence[float]) -> list[dict[str, Any]]:
     return [
-        {"id": token, "text": tokenizer.decode([token], keep_special=True), "probability": chance}
+        {
+            "id": token,
+            "text": tokenizer.decode([token], keep_special=True),
+            "special": tokenizer.is_special(token),
+            "probability": chance,
+        }
         for token, chance in zip(ids, chances, strict=True)
     ]
 
