@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from glasshouse.errors import InputError
 from glasshouse.models.attention import Attention, Cache, Mask, additive
 from glasshouse.models.layers import (
     Embedding,
@@ -148,7 +149,8 @@ class Decoder(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The matrix that turns a hidden vector into logits: [vocab_size, D]."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        tied = self.head is None or self.config.tie_embeddings
+        return self.embedding.weight if tied else self.head.weight
 
     def forward(
         self,
@@ -209,7 +211,13 @@ class Decoder(nn.Module):
         return additive(mask.seen(queries, queries, hidden.device), hidden.dtype), queries > 1
 
 
-def initialize(model: Decoder, seed: int) -> None:
+def quantize_head(model: Decoder) -> None:
+    """Give the model a head of int8; a tied embedding stays as it is for looking tokens up."""
+    if not isinstance(model.head, QuantizedLinear):
+        model.head = QuantizedLinear.from_linear(model.output_weight, None, 8)
+
+
+def initialize(model: nn.Module, seed: int) -> None:
     """Draw fresh weights: normal with deviation 1 / sqrt(fan-in), and zero for the matrices that write to the stream.
 
     A block that starts at zero leaves the stream as it was, so a deep model starts as a shallow one (Zhang et al.
@@ -229,3 +237,52 @@ def initialize(model: Decoder, seed: int) -> None:
                     0.02 if "embedding" in name or name == "head.weight" else parameter.shape[1] ** -0.5
                 )
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
+
+
+class Transformer(nn.Module):
+    """A causal language model in one line, with fresh weights: token ids in, logits out.
+
+    Its `decoder` is a `Decoder` in the layout of Llama, so it trains with the same loop (`train_steps(model.decoder,
+    next_token, ...)`), generates with the same engine, and is saved with the same artifact as every other.
+
+    Args:
+        vocab_size: number of tokens.
+        embedding_dim: width of the residual stream.
+        num_heads: attention heads.
+        num_layers: number of blocks.
+        context_length: most positions the model is made for.
+        dropout: probability of dropping an activation of the residual stream in training.
+        seed: of the weights.
+
+    Raises:
+        InputError: the heads do not divide the width into even parts, or a size is not above 0.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        num_heads: int,
+        num_layers: int,
+        context_length: int = 1024,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if min(vocab_size, embedding_dim, num_heads, num_layers, context_length) < 1:
+            raise InputError("a size that is not above 0", "Transformer", "give whole numbers from 1")
+        if embedding_dim % (2 * num_heads):
+            what = f"embedding_dim {embedding_dim} does not split into {num_heads} heads of an even width"
+            raise InputError(what, "Transformer", "give a multiple of 2 * num_heads")
+        self.decoder = Decoder(
+            DecoderConfig(
+                vocab_size, embedding_dim, num_layers, num_heads, num_heads, embedding_dim // num_heads,
+                feed_forward_dim=-(-embedding_dim * 8 // 3 // 64) * 64, context_length=context_length,
+                query_key_norm=False, dropout=dropout,
+            )
+        )  # fmt: skip
+        initialize(self.decoder, seed)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids, int64 [B, T], to the score of every token as the next one: [B, T, vocab_size]."""
+        return self.decoder.logits(self.decoder(tokens))
