@@ -387,3 +387,27 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden vectors [..., D] to one score per token of the vocabulary, [..., vocab_size]."""
         return functional.linear(hidden, self.output_weight, self.output_bias)
+
+
+def initialize_sequences(model: EncoderDecoder, seed: int) -> None:
+    """Draw fresh weights, float32 on the CPU, so a seed gives the same weights on every device.
+
+    Matrices and embeddings are normal with deviation 1 / sqrt(their width). In a pre-norm model the matrices that write
+    to the stream are zero, so that a deep model starts as a shallow one (Zhang et al. 2019, arXiv:1901.09321); in a
+    post-norm model that would leave every block without a gradient but one.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    writing = ("attention.output.weight", "feed_forward.down.weight")
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("bias") or name.endswith("relative_bias.weight"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif config.norm_place == "before" and name.endswith(writing):
+                parameter.zero_()
+            else:
+                deviation = (
+                    1.0 / config.embedding_scale if "embedding" in name else parameter.shape[1] ** -0.5
+                )
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))

@@ -15,6 +15,7 @@ import numpy as np
 
 from glasshouse.errors import InputError
 from glasshouse.files import sha256_bytes
+from glasshouse.text.tokenizer import Tokenizer
 
 IGNORED = -100
 """The label of a padded position."""
@@ -149,6 +150,35 @@ def _json_pair(line: str, columns: tuple[str, str] | None, where: str) -> Pair:
             return Pair(source, target)
     wanted = " and ".join(columns or COLUMNS[0])
     raise InputError(f"no {wanted}", where, f"give both; the row has {', '.join(map(str, row))[:80]}")
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], longest: int, threads: int = 1
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids of the sources, as a model reads them, and of the targets with their end token.
+
+    Args:
+        tokenizer: of both sides.
+        pairs: texts.
+        longest: most tokens of a side.
+        threads: CPU threads.
+
+    Raises:
+        InputError: a side is longer, which would be cut.
+    """
+    before = np.array(tokenizer.prompt(""), dtype=np.int64)
+    end = np.array([tokenizer.end_of_document])
+    sources = tokenizer.encode_batch_arrays([pair.source for pair in pairs], threads)
+    targets = tokenizer.encode_batch_arrays([pair.target for pair in pairs], threads)
+    sources = [np.concatenate([before, ids.astype(np.int64)]) for ids in sources]
+    targets = [np.concatenate([ids.astype(np.int64), end]) for ids in targets]
+    for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1):
+        if max(len(source), len(target)) > longest:
+            what = (
+                f"pair {number} has {max(len(source), len(target)):,} tokens on a side, more than {longest:,}"
+            )
+            raise InputError(what, "pairs", "cut it into sentences")
+    return sources, targets
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from glasshouse.training.distributed import sum_gradients, sum_numbers
-from glasshouse.training.objectives import Objective, TokenBatch
+from glasshouse.training.objectives import Objective
 from glasshouse.training.optimization import MasterOptimizer, learning_rate_factor
 
-Batches = Callable[[int], Iterator[TokenBatch]]
-Gradients = Callable[[Objective, nn.Module, TokenBatch], tuple[float, int]]
+Batches = Callable[[int], Iterator[Any]]
+"""From the number of a step to its micro-batches, each of the kind that the objective takes."""
+
+Gradients = Callable[[Objective, nn.Module, Any], tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Step:
     skipped: str = ""
 
 
-def ordinary_gradients(objective: Objective, model: nn.Module, batch: TokenBatch) -> tuple[float, int]:
+def ordinary_gradients(objective: Objective, model: nn.Module, batch: Any) -> tuple[float, int]:
     """Add the gradient of the summed loss to the parameters; returns (summed loss, weight)."""
     loss, weight = objective(model, batch)
     loss.backward()
