@@ -109,6 +109,10 @@ class ContiguousCache:
         for blocks in (self._keys, self._values):
             blocks[:] = [None if block is None else block.index_select(0, rows) for block in blocks]
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first tokens; the memory stays."""
+        self._length = min(self._length, length)
+
     def _room(self, block: Tensor | None, new: Tensor) -> Tensor:
         """The block itself while it is large enough, else a larger one with the same tokens."""
         if block is not None and block.shape[2] >= self._capacity:
