@@ -30,6 +30,9 @@ CONFIGS = {
     ),
     "llama biased": DecoderConfig(**PLAIN, num_key_value_heads=2, bias="all"),
     "mistral": DecoderConfig(**PLAIN | {"head_dim": 32}, num_key_value_heads=2, sliding_window=48),
+    "mistral of one layer": DecoderConfig(
+        **PLAIN | {"head_dim": 32, "num_layers": 1}, num_key_value_heads=2, sliding_window=48
+    ),
     "qwen2": DecoderConfig(**PLAIN, num_key_value_heads=2, bias="query_key_value"),
     "gpt2": DecoderConfig(**PLAIN, num_key_value_heads=4, position="learned", norm="layer", bias="all",
                           gated=False, activation="gelu_tanh"),

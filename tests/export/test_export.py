@@ -13,8 +13,9 @@ import glasshouse.cli as cli
 from glasshouse.artifact import open_artifact
 from glasshouse.errors import InputError
 from glasshouse.export import export
-from glasshouse.export.export import ExportSettings, export_model, read_logits
+from glasshouse.export.export import ExportSettings, export_model
 from glasshouse.export.gguf_model import open_gguf_decoder
+from glasshouse.export.replay import read_rows
 from glasshouse.files import verify_manifest
 
 LAYOUTS = ["qwen3", "qwen3 wide", "llama", "llama scaled", "llama linear", "llama biased", "qwen2", "gpt2"]
@@ -43,7 +44,7 @@ def test_read_back_it_is_the_same_model(layout, model_folder, tmp_path, capsys):
     model = open_artifact(model_folder(layout)).model
     again = open_gguf_decoder(folder / f"{name}.gguf", model.config.rope_scaling)
     tokens = list(range(40))
-    assert torch.equal(read_logits(again, tokens), read_logits(model, tokens)[:, :320])
+    assert torch.equal(read_rows(again, tokens), read_rows(model, tokens)[:, :320])
     replay = record(folder)["replay"]
     assert (replay["largest"], replay["disagreements"]) == (0.0, 0)
     assert replay["tokens"] > 200
@@ -182,3 +183,37 @@ def test_a_short_context_is_enough(tokenizer, tmp_path):
     folder = export_model(ExportSettings(str(tmp_path / "model"), "gguf", "f32", tmp_path / "out"))
     assert record(folder)["replay"]["prompts"] == 6
     assert record(folder)["replay"]["tokens"] <= 48
+
+
+# ---- ONNX
+
+
+def test_onnx(model_folder, tmp_path, capsys, monkeypatch):
+    """Replayed through onnxruntime, with the files that tokenize beside it; over the limit, nothing is left."""
+    model, out = model_folder("mistral of one layer"), tmp_path / "out"
+    assert cli.main(["export", str(model), "--to", "onnx", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "through onnxruntime" in shown.out
+    assert "every likeliest token is the same" in shown.out
+    assert shown.err == ""
+    verify_manifest(out)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"model.onnx", "export.json", "manifest.json", *export.BESIDE}
+    assert record(out)["replay"]["largest"] < 1e-4
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+    monkeypatch.setattr(export, "save_graphs", lambda folder, model: shutil.copy(out / "model.onnx", folder))
+    other = model_folder("mistral")
+    message = refused(capsys, "export", other, "--to", "onnx", "--out", tmp_path / "other")
+    assert "onnx" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript"])
+def test_onnx_needs_its_libraries(library, model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    message = refused(capsys, "export", model_folder("gpt2"), "--to", "onnx", "--out", tmp_path / "out")
+    assert f"{library} is needed" in message
+    assert "q8_0" not in message
+    assert "f32" in refused(capsys, "export", model_folder("gpt2"), "--to", "onnx", "--type", "q8_0")
+    assert not any(tmp_path.iterdir())

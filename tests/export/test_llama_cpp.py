@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from glasshouse.artifact import open_artifact
-from glasshouse.export.export import read_logits
 from glasshouse.export.gguf_decoder import usable_context
 from glasshouse.export.gguf_model import save_gguf
+from glasshouse.export.replay import read_rows
 from glasshouse.inference.engine import generate
 from glasshouse.inference.sampling import GenerationConfig
 
@@ -114,7 +114,7 @@ def test_tokenizes_and_spells_alike(layout, kind, answers, tokenizer):
 def test_computes_the_same_logits(layout, kind, answers, model_folder, tokenizer):
     model = open_artifact(model_folder(layout), dtype=torch.float32).model
     for tokens, theirs in zip(texts(tokenizer), answers[layout, kind]["logits"], strict=True):
-        ours = read_logits(model, tokens)[:, : tokenizer.vocab_size]
+        ours = read_rows(model, tokens)[:, : tokenizer.vocab_size]
         assert ours.std() > 1  # a flat output would agree with anything
         largest = 0.01 if (layout, kind) == ("gpt2", "f32") else LARGEST[kind]
         assert (ours - torch.tensor(theirs)).abs().max() < largest
@@ -140,7 +140,7 @@ def test_quantized_files_say_nearly_the_same(layout, kind, answers, model_folder
     pairs = zip(texts(tokenizer), answers[layout, kind]["logits"], strict=True)
     ours, theirs = [], []
     for tokens, logits in pairs:
-        ours.append(read_logits(model, tokens)[:, : tokenizer.vocab_size])
+        ours.append(read_rows(model, tokens)[:, : tokenizer.vocab_size])
         theirs.append(torch.tensor(logits))
     ours, theirs = torch.cat(ours), torch.cat(theirs)
     typical = (ours - theirs).square().mean().sqrt() / ours.std()

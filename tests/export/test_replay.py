@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glasshouse.errors import InputError
-from glasshouse.export.replay import compare_logits, require_close
+from glasshouse.export.replay import compare_rows, require_close
 
 TEXTS = [[1, 2, 3], [4, 5]]
 
@@ -16,7 +16,7 @@ def logits(seed: int = 0) -> list[torch.Tensor]:
 
 def compare(theirs: list[torch.Tensor], tokenizer):
     answers = iter(theirs)
-    return compare_logits(TEXTS, logits(), lambda tokens: next(answers), tokenizer)
+    return compare_rows(TEXTS, logits(), lambda tokens: next(answers), tokenizer)
 
 
 def test_the_same_model_is_no_distance_away(tokenizer):

@@ -4,29 +4,42 @@ The folder is written under a temporary name and takes its own only when the exp
 says what the model says. Knows which formats there are; how each is laid out is the business of its module.
 """
 
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from glasshouse.artifact import Artifact, open_artifact, require_decoder
+from glasshouse.artifact import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    Artifact,
+    open_artifact,
+    require_decoder,
+)
 from glasshouse.errors import InputError
 from glasshouse.export.gguf_decoder import usable_context
-from glasshouse.export.gguf_file import NUMBER_FORMATS
+from glasshouse.export.gguf_file import BITS, NUMBER_FORMATS
 from glasshouse.export.gguf_model import gguf_remarks, open_gguf_decoder, plan_tensors, save_gguf
 from glasshouse.export.modelfile import modelfile
-from glasshouse.export.replay import PROMPTS, Comparison, compare_logits, require_close
+from glasshouse.export.onnx_model import save_graphs
+from glasshouse.export.onnx_session import ExportedModel
+from glasshouse.export.replay import (
+    Comparison,
+    compare_rows,
+    predicts_tokens,
+    read_rows,
+    replayed_texts,
+    require_close,
+)
 from glasshouse.files import atomic_folder, read_json, recover_folder, require_free, write_atomic, write_json
-from glasshouse.inference.engine import generate
-from glasshouse.inference.sampling import GenerationConfig
-from glasshouse.models.decoder import Decoder
 
 FORMATS = ("gguf", "onnx")
 RECORD = "export.json"
-CONTINUED = 16
-"""Tokens that each prompt is continued with before it is replayed."""
+BESIDE = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+"""Files of the model that lie beside its graphs."""
 LIMITS = {"f32": 1e-5, "f16": 0.01, "bf16": 0.1, "q8_0": 0.2, "q4_0": 1.0}
 """The typical logit difference allowed, as a share of the logits' spread, by number format: wide enough for weights
 drawn at random, which rounding hurts most; two models that have nothing to do with each other are 1.4 apart."""
@@ -67,10 +80,15 @@ def export_model(settings: ExportSettings) -> Path:
     folder = settings.out or Path("exports") / f"{name}-{label}"
     _refuse_occupied(folder)
     recover_folder(folder)
-    require_free(folder, sum(tensor.nbytes for tensor in artifact.model.state_dict().values()) + 2**20)
+    weights = sum(tensor.numel() for tensor in artifact.model.state_dict().values())
+    require_free(folder, int(weights * BITS[number_format] / 8) + 2**20)
     limit = LIMITS[number_format] if settings.limit is None else settings.limit
     with atomic_folder(folder) as temporary:
-        comparison, remarks = _export_gguf(temporary, settings, artifact, name, number_format, limit)
+        if settings.to == "gguf":
+            comparison, remarks = _export_gguf(temporary, settings, artifact, name, number_format)
+        else:
+            comparison, remarks = _export_onnx(temporary, settings)
+        require_close(comparison, limit, f"the {label} export")
         facts = {"format": 1, "to": settings.to, "type": number_format, "model": settings.model}
         facts |= {"digest": artifact.digest, "limit": limit, "replay": comparison.facts()}
         write_json(temporary / RECORD, facts)
@@ -115,38 +133,39 @@ def _converses(artifact: Artifact) -> bool:
 
 
 def _export_gguf(
-    folder: Path, settings: ExportSettings, artifact: Artifact, name: str, number_format: str, limit: float
+    folder: Path, settings: ExportSettings, artifact: Artifact, name: str, number_format: str
 ) -> tuple[Comparison, list[str]]:
-    file, model = folder / f"{name}.gguf", require_decoder(artifact)
+    """Write the file with its Modelfile; say how far what is read back is from the model."""
+    file, model, tokenizer = folder / f"{name}.gguf", require_decoder(artifact), artifact.tokenizer
     save_gguf(file, artifact, name, number_format)
     context = usable_context(model.config)
-    text = modelfile(file.name, artifact.tokenizer, artifact.generation, context, _converses(artifact))
+    text = modelfile(file.name, tokenizer, artifact.generation, context, _converses(artifact))
     write_atomic(folder / "Modelfile", text)
-    texts, expected = _model_says(settings.model, context)
+    texts, rows = _model_says(settings.model, context)
+    expected = [row[:, : tokenizer.vocab_size] for row in rows]
     exported = open_gguf_decoder(file, model.config.rope_scaling)
-    comparison = compare_logits(
-        texts, expected, lambda tokens: read_logits(exported, tokens), artifact.tokenizer
-    )
-    require_close(comparison, limit, f"the {number_format} file")
-    entries = plan_tensors(model, artifact.tokenizer.vocab_size, number_format)
+    comparison = compare_rows(texts, expected, lambda tokens: read_rows(exported, tokens), tokenizer)
+    entries = plan_tensors(model, tokenizer.vocab_size, number_format)
     remarks = comparison.lines("the file as read back, in float32")
     return comparison, [*remarks, *gguf_remarks(model.config, number_format, entries)]
 
 
+def _export_onnx(folder: Path, settings: ExportSettings) -> tuple[Comparison, list[str]]:
+    """Write the graphs with the tokenizer's files; say how far what onnxruntime computes is from the model."""
+    artifact = open_artifact(settings.model, dtype=torch.float32, verify=False)
+    for name in BESIDE:
+        if (artifact.path / name).is_file():
+            shutil.copyfile(artifact.path / name, folder / name)
+    save_graphs(folder, artifact.model)
+    texts = replayed_texts(artifact, artifact.config.context_length)
+    expected = [read_rows(artifact.model, tokens) for tokens in texts]
+    tokenizer = artifact.tokenizer if predicts_tokens(artifact.model) else None
+    comparison = compare_rows(texts, expected, ExportedModel(folder).rows, tokenizer)
+    return comparison, comparison.lines("onnxruntime")
+
+
 def _model_says(path: str, context: int) -> tuple[list[list[int]], list[Tensor]]:
-    """The prompts with the model's own likeliest continuation, and its logits in float32 after each of their tokens."""
+    """The replayed texts, and what the model itself says of each, computed in float32."""
     artifact = open_artifact(path, dtype=torch.float32, verify=False)
-    model, tokenizer = require_decoder(artifact), artifact.tokenizer
-    config = GenerationConfig(temperature=0.0, max_new_tokens=CONTINUED)
-    texts = []
-    for prompt in PROMPTS:
-        tokens = (tokenizer.prompt(prompt) or [tokenizer.end_of_document])[: max(1, context - CONTINUED)]
-        answer = generate(model, tokenizer, tokens, config) if len(tokens) < context else ()
-        texts.append([*tokens, *(token.id for token in answer)][:context])
-    return texts, [read_logits(model, tokens)[:, : tokenizer.vocab_size] for tokens in texts]
-
-
-@torch.inference_mode()
-def read_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
-    """The logits after each token, float32 [T, vocab_size]."""
-    return model.logits(model(torch.tensor([list(tokens)])))[0].float()
+    texts = replayed_texts(artifact, context)
+    return texts, [read_rows(artifact.model, tokens) for tokens in texts]

@@ -1,7 +1,7 @@
 """The same prompts through two models: how far apart are their logits, and where would another token have come?
 
-An export is right when this says so, not when it was written without an error. Knows logits and tokens only; what
-computed them is the caller's business.
+An export is right when this says so, not when it was written without an error. Knows what the model says; how the exported
+one is made to say it is the caller's business.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glasshouse.artifact import Artifact
 from glasshouse.errors import InputError
+from glasshouse.inference.engine import generate
+from glasshouse.inference.sampling import GenerationConfig
+from glasshouse.models.decoder import Decoder
+from glasshouse.models.encoder import Encoder
+from glasshouse.models.encoder_decoder import EncoderDecoder
+from glasshouse.models.huggingface import Model
 from glasshouse.text.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -22,7 +29,76 @@ PROMPTS = (
     "从前有一座山，山上有座庙。 👩‍👩‍👧 é",
     "def add(left, right):\n    return left + right\n\n\t  # two  spaces",
 )
-"""What every export replays: scripts, joined characters, digits, code and white space; each is then continued."""
+"""What every export replays: scripts, joined characters, digits, code and white space."""
+CONTINUED = 16
+"""Tokens that a decoder continues each prompt with before it is replayed."""
+TARGET = 16
+"""Tokens of a prompt that an encoder-decoder is given as the target, too."""
+
+
+def replayed_texts(artifact: Artifact, context: int) -> list[list[int]]:
+    """The prompts as tokens, those of a decoder with its own likeliest continuation.
+
+    Args:
+        artifact: the model, in float32.
+        context: the longest text that the exported model reads.
+    """
+    tokenizer, texts = artifact.tokenizer, []
+    for prompt in PROMPTS:
+        tokens = tokenizer.prompt(prompt) or [tokenizer.end_of_document]
+        if not isinstance(artifact.model, Decoder):
+            texts.append(tokens[:context])
+            continue
+        tokens = tokens[: max(1, context - CONTINUED)]
+        config = GenerationConfig(temperature=0.0, max_new_tokens=CONTINUED)
+        answer = generate(artifact.model, tokenizer, tokens, config) if len(tokens) < context else iter(())
+        texts.append([*tokens, *(token.id for token in answer)][:context])
+    return texts
+
+
+def target_of(tokens: Sequence[int]) -> list[int]:
+    """The target that an encoder-decoder is replayed with; any would do."""
+    return [tokens[-1], *tokens[: TARGET - 1]]
+
+
+@torch.inference_mode()
+def read_rows(model: Model, tokens: Sequence[int]) -> Tensor:
+    """All that a model says of a text, as rows to compare, float32.
+
+    Args:
+        model: of any family.
+        tokens: token ids; an encoder-decoder reads them as the source, and `target_of` them as the target.
+
+    Returns:
+        Logits, [T, vocab_size], of what predicts tokens. Of other encoders `encoder_rows` of their vectors and scores.
+    """
+    given = torch.tensor([list(tokens)])
+    if isinstance(model, Decoder):
+        return model.logits(model(given))[0].float()
+    if isinstance(model, EncoderDecoder):
+        target = torch.tensor([target_of(tokens)])
+        return model.logits(model(target, memory=model.encode(given)))[0].float()
+    hidden = model(given)
+    return encoder_rows(hidden[0], None if model.head is None else model.logits(hidden)[0])
+
+
+def encoder_rows(hidden: Tensor, scores: Tensor | None) -> Tensor:
+    """Hidden vectors [T, D] and what the head made of them, side by side.
+
+    Args:
+        hidden: one for each token.
+        scores: of each token, [T, N], or of the whole text, [N], which stand beside the first vector alone.
+    """
+    if scores is None:
+        return hidden.float()
+    if scores.dim() == 1:
+        hidden, scores = hidden[:1], scores[None]
+    return torch.cat([hidden, scores], dim=-1).float()
+
+
+def predicts_tokens(model: Model) -> bool:
+    """Whether the rows of a model are logits over its vocabulary."""
+    return not isinstance(model, Encoder)
 
 
 @dataclass(frozen=True)
@@ -35,7 +111,8 @@ class Comparison:
         largest: the largest difference between two logits of the same token.
         typical: the root of the mean square of all the differences.
         spread: the standard deviation of the logits over the vocabulary, to compare them with.
-        divergence: mean Kullback-Leibler divergence of the exported model's distribution from the model's, in nats.
+        divergence: mean Kullback-Leibler divergence of the exported model's distribution from the model's, in nats; None
+            where the rows are no distributions over tokens.
         disagreements: positions where the likeliest token is another one.
         first: the first of them, in words; empty when there is none.
     """
@@ -45,38 +122,37 @@ class Comparison:
     largest: float
     typical: float
     spread: float
-    divergence: float
+    divergence: float | None
     disagreements: int
     first: str
 
     def lines(self, what: str) -> list[str]:
         """What a person is told."""
         compared = f"replayed {self.prompts} prompts through {what}: {self.tokens:,} positions compared"
-        return [
-            compared,
-            f"largest logit difference {self.largest:.3g}, typical {self.typical:.2g} "
-            f"(the logits' own spread is {self.spread:.3g}); {self.divergence:.2g} nats from the model",
-            self.first or "every likeliest token is the same",
-        ]
+        distance = f"largest difference {self.largest:.3g}, typical {self.typical:.2g} (own spread {self.spread:.3g})"
+        if self.divergence is None:
+            return [compared, f"vectors and scores: {distance}"]
+        nats = f"; {self.divergence:.2g} nats from the model"
+        return [compared, f"logits: {distance}{nats}", self.first or "every likeliest token is the same"]
 
     def facts(self) -> dict[str, Any]:
         """The same as a table."""
         return dict(vars(self))
 
 
-def compare_logits(
+def compare_rows(
     texts: Sequence[Sequence[int]],
     expected: Sequence[Tensor],
     exported: Callable[[list[int]], Tensor],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
 ) -> Comparison:
     """Compare two models on the same tokens.
 
     Args:
         texts: token ids, one list for each prompt.
-        expected: the model's logits for each, float32 [T, vocab_size].
+        expected: the model's rows for each, float32 [T, N].
         exported: gives the exported model's, of the same shape.
-        tokenizer: spells tokens.
+        tokenizer: spells tokens; None where the rows are not logits over its tokens.
     """
     largest, errors, squares, divergence, count, wrong, first = 0.0, 0.0, 0.0, 0.0, 0, 0, ""
     for number, (tokens, ours) in enumerate(zip(texts, expected, strict=True)):
@@ -85,14 +161,18 @@ def compare_logits(
         largest = max(largest, float(difference.max()))
         errors += float(difference.square().mean(-1).sum())
         squares += float(ours.std(-1).square().sum())
+        count += len(ours)
+        if tokenizer is None:
+            continue
         logs, others = ours.log_softmax(-1), theirs.log_softmax(-1)
         divergence += float((logs.exp() * (logs - others)).sum())
         places = (ours.argmax(-1) != theirs.argmax(-1)).nonzero().flatten().tolist()
         if places and not first:
             first = _difference(number, places[0], ours, theirs, tokenizer)
-        wrong, count = wrong + len(places), count + len(tokens)
+        wrong += len(places)
     typical, spread = (errors / count) ** 0.5, (squares / count) ** 0.5
-    return Comparison(len(texts), count, largest, typical, spread, divergence / count, wrong, first)
+    nats = None if tokenizer is None else divergence / count
+    return Comparison(len(texts), count, largest, typical, spread, nats, wrong, first)
 
 
 def _difference(number: int, place: int, ours: Tensor, theirs: Tensor, tokenizer: Tokenizer) -> str:
@@ -124,9 +204,9 @@ def require_close(comparison: Comparison, limit: float, what: str) -> None:
     """
     allowed = limit * max(comparison.spread, torch.finfo(torch.float32).eps)
     if not comparison.typical <= allowed:
+        first = f"; {comparison.first}" if comparison.first else ""
         raise InputError(
-            f"{what} differs from the model: logits by typically {comparison.typical:.3g}, {allowed:.3g} allowed; "
-            f"{comparison.first or 'every likeliest token is the same'}",
+            f"{what} differs from the model: typically by {comparison.typical:.3g}, {allowed:.3g} allowed{first}",
             "export",
             "choose a finer --type, or allow more with --limit; nothing was written",
         )
