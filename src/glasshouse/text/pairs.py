@@ -166,11 +166,9 @@ def encode_pairs(
     Raises:
         InputError: a side is longer, which would be cut.
     """
-    before = np.array(tokenizer.prompt(""), dtype=np.int64)
     end = np.array([tokenizer.end_of_document])
-    sources = tokenizer.encode_batch_arrays([pair.source for pair in pairs], threads)
+    sources = encode_sources(tokenizer, [pair.source for pair in pairs], threads)
     targets = tokenizer.encode_batch_arrays([pair.target for pair in pairs], threads)
-    sources = [np.concatenate([before, ids.astype(np.int64)]) for ids in sources]
     targets = [np.concatenate([ids.astype(np.int64), end]) for ids in targets]
     for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1):
         if max(len(source), len(target)) > longest:
@@ -179,6 +177,20 @@ def encode_pairs(
             )
             raise InputError(what, "pairs", "cut it into sentences")
     return sources, targets
+
+
+def encode_sources(tokenizer: Tokenizer, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+    """Ids of texts as an encoder reads them: between the special tokens that the tokenizer puts around a text.
+
+    Ours begins with end_of_document; T5's and Marian's end with theirs.
+    """
+    probe = tokenizer.plain.encode("a")
+    plain = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
+    before, after = (
+        np.array(ids, dtype=np.int64) for ids in (probe.ids[: plain[0]], probe.ids[plain[-1] + 1 :])
+    )
+    arrays = tokenizer.encode_batch_arrays(texts, threads)
+    return [np.concatenate([before, ids.astype(np.int64), after]) for ids in arrays]
 
 
 @dataclass(frozen=True)
