@@ -117,6 +117,10 @@ def _stage(name: str) -> tuple[type, Callable[[Any, "Run"], object]]:
         from glasshouse.training.pretrain import PretrainConfig, pretrain
 
         return PretrainConfig, pretrain
+    if name == "finetune":
+        from glasshouse.training.finetune import FinetuneConfig, finetune
+
+        return FinetuneConfig, finetune
     from glasshouse.evaluation.evaluate import EvaluateConfig, evaluate
 
     return EvaluateConfig, evaluate
@@ -164,12 +168,12 @@ def _take_positionals(verb: str, words: list[str], names: str) -> list[str]:
 
 
 def _make(stage: str, words: list[str]) -> int:
-    """A verb that makes a run: prepare or pretrain."""
+    """A verb that makes a run: prepare, pretrain or finetune."""
     from glasshouse.config import parse_config
     from glasshouse.stage import RESUMABLE, recorded_settings, run_stage
 
     if words and not words[0].startswith("-"):
-        name = "documents" if stage == "prepare" else "corpus"
+        name = {"prepare": "documents", "pretrain": "corpus", "finetune": "model"}[stage]
         raise InputError(f"unexpected {words[0]!r}", "", f"write --{name} {words[0]}")
     config_class, function = _stage(stage)
     out, resume = _take_value(words, "out"), _take_switch(words, "resume") if stage in RESUMABLE else False
@@ -190,6 +194,10 @@ def _prepare(words: list[str]) -> int:
 
 def _pretrain(words: list[str]) -> int:
     return _make("pretrain", words)
+
+
+def _finetune(words: list[str]) -> int:
+    return _make("finetune", words)
 
 
 def _evaluate(words: list[str]) -> int:
@@ -378,6 +386,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "run": ("every stage of a recipe, in order; finished stages are skipped", _run),
     "prepare": ("text in any form -> a cleaned, tokenized corpus", _prepare),
     "pretrain": ("a corpus -> a language model", _pretrain),
+    "finetune": ("a model and examples -> a model that answers like them", _finetune),
     "generate": ("a model and a prompt -> text", _generate),
     "evaluate": ("how well a model predicts held-out text, beside a 5-gram baseline", _evaluate),
     "compare": ("two runs, paired, with intervals", _compare),

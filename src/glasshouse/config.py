@@ -19,7 +19,7 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
 from glasshouse.errors import InputError
 
-STAGES = ("prepare", "pretrain", "evaluate")
+STAGES = ("prepare", "pretrain", "finetune", "evaluate")
 RECIPE_BYTES_LIMIT = 2**20
 TRUTHS = ("true", "false", "yes", "no")
 

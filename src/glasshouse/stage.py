@@ -11,7 +11,7 @@ from glasshouse.config import config_to_dict, read_recipe
 from glasshouse.errors import InputError
 from glasshouse.run import RECIPE_FILE, RUN_FILE, Run, create_run, open_run
 
-RESUMABLE = ("pretrain",)
+RESUMABLE = ("pretrain", "finetune")
 
 
 def run_stage(
@@ -116,11 +116,9 @@ def _wait_for_run(folder: Path, seconds: float = 60.0) -> Run:
 
 
 def _parents(settings: dict[str, Any]) -> list[Path]:
-    """The runs that a stage is made from: the run of its corpus, also when the corpus folder itself is given."""
-    if not settings.get("corpus"):
-        return []
-    corpus = Path(settings["corpus"])
-    return [corpus.parent if (corpus.parent / RUN_FILE).exists() else corpus]
+    """The runs that a stage is made from: of its corpus or its model, also when the folder inside the run is given."""
+    given = [Path(settings[name]) for name in ("corpus", "model") if settings.get(name)]
+    return [path.parent if (path.parent / RUN_FILE).exists() else path for path in given]
 
 
 def _may_continue(run: Run, stage: str, settings: dict[str, Any], resume: bool) -> bool:

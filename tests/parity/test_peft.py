@@ -9,7 +9,7 @@ from glasshouse.adapter import open_adapter, save_adapter
 from glasshouse.artifact import open_artifact
 from glasshouse.errors import InputError
 from glasshouse.models.decoder import Decoder
-from glasshouse.models.lora import AdapterConfig, adapt, adapter_tensors, merge
+from glasshouse.models.lora import AdapterConfig, adapt, adapter_tensors, merged
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -67,9 +67,9 @@ def test_peft_opens_ours(tmp_path: Path, magnitude: bool) -> None:
         expected, plain = model.logits(model(tokens())), open_model(folder)
         assert torch.allclose(theirs(tokens()).logits, expected, atol=1e-4)
         assert not torch.allclose(plain.logits(plain(tokens())), expected, atol=1e-2)
-        merged = theirs.merge_and_unload()(tokens()).logits
-        merge(model)
-        assert torch.allclose(model.logits(model(tokens())), merged, atol=1e-4)
+        together = theirs.merge_and_unload()(tokens()).logits
+        whole = merged(model)
+        assert torch.allclose(whole.logits(whole(tokens())), together, atol=1e-4)
 
 
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])

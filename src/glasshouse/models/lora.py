@@ -8,16 +8,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.errors import InputError
-from glasshouse.models.layers import Linear, QuantizedLinear
+from glasshouse.models.decoder import Decoder
+from glasshouse.models.encoder import Encoder
+from glasshouse.models.encoder_decoder import EncoderDecoder
+from glasshouse.models.layers import QuantizedLinear
 
 Base = nn.Linear | QuantizedLinear
+Merging = TypeVar("Merging", Decoder, Encoder, EncoderDecoder)
 LOW_RANK = ("down", "up", "magnitude")
 """Names of an adapter's own parameters."""
 
@@ -170,20 +174,32 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Put every adapter into its layer's weights; what the model computes stays, up to rounding to its number format.
+def merged(model: Merging) -> Merging:
+    """A model without adapters that computes the same, up to rounding to its number format; it shares what did not change.
 
-    A quantized layer becomes a plain one in bfloat16: rounded again it would lose what was learned.
+    A quantized layer becomes a plain one: rounded to 4 bits again it would lose what was learned.
     """
-    for name, adapted in adapted_layers(model).items():
-        base = adapted.base
-        number_format = torch.bfloat16 if isinstance(base, QuantizedLinear) else base.weight.dtype
-        linear = Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        linear.weight = nn.Parameter(adapted.merged_weight().to(number_format))
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone())
-        _replace(model, name, linear)
-    model.requires_grad_(True)
+    adapted = adapted_layers(model)
+    state = {
+        name.replace(".base.", "."): value
+        for name, value in model.state_dict().items()
+        if not any(name.startswith(f"{layer}.") for layer in adapted) or name.endswith(".base.bias")
+    }
+    number_format = next(value.dtype for value in state.values() if value.is_floating_point())
+    for name, layer in adapted.items():
+        quantized = isinstance(layer.base, QuantizedLinear)
+        own = number_format if quantized else layer.base.weight.dtype
+        state[f"{name}.weight"] = layer.merged_weight().to(own)
+    with torch.device("meta"):
+        plain = type(model)(model.config)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    plain.load_state_dict(state, assign=True)
+    return plain.eval()
+
+
+def quantize_layers(model: nn.Module, bits: int, targets: Sequence[str] = ("all",)) -> None:
+    """Round the linear layers inside the blocks to a few bits, in place."""
+    for name, layer in linear_layers(model, targets).items():
+        _replace(model, name, QuantizedLinear.from_linear(layer.weight, layer.bias, bits))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

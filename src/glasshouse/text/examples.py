@@ -162,9 +162,7 @@ def read_examples(paths: Sequence[str | Path], counts: ExampleCounts, *, form: s
             except _RowError as error:
                 counts.drop(str(error), name)
                 continue
-            key = json.dumps(
-                [example.conversation, example.rejected, example.tools], sort_keys=True, default=str
-            )
+            key = json.dumps([example.conversation, example.rejected, example.tools, example.good])
             if key in seen:
                 counts.drop("occurred before", name)
                 continue

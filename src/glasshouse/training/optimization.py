@@ -54,7 +54,8 @@ class MasterOptimizer:
     """AdamW and Muon on the float32 weights of a model.
 
     Args:
-        model: the model; its parameters may be float32 (then they are the masters) or bfloat16.
+        model: the model; its parameters may be float32 (then they are the masters) or bfloat16. Frozen ones are left
+            alone.
         config: learning rates and the rest.
         masters: float32 weights by name to start from; the model's own where None.
     """
@@ -63,7 +64,7 @@ class MasterOptimizer:
         self, model: nn.Module, config: OptimizationConfig, masters: Mapping[str, Tensor] | None = None
     ):
         self.config = config
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             own = parameter.dtype == torch.float32
