@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glasshouse.errors import InputError
+from glasshouse.inference import sampling
 from glasshouse.inference.sampling import (
     BIAS_BOUNDS,
     BOUNDS,
@@ -20,7 +21,6 @@ from glasshouse.inference.sampling import (
     add_bias,
     apply_rules,
     choose,
-    choose_batch,
     draw,
     expand,
     keep_min_p,
@@ -268,23 +268,42 @@ def mixed_batch(rows):
     return 3 * torch.randn(8, rows, 50, generator=random), configs, texts, allowed
 
 
-def test_a_row_of_a_batch_is_the_row_alone():
-    logits, configs, texts, allowed = mixed_batch(15)
-    together = [make_sampler(config, 2) for config in configs]
-    batched = [choose_batch(step, together, texts, allowed) for step in logits]
-    for row, config in enumerate(configs):
-        alone = make_sampler(config, 2)
-        found = [choose_batch(step[row : row + 1], [alone], [texts[row]], [allowed[row]]) for step in logits]
-        assert [int(one) for one in found] == [int(step[row]) for step in batched]
-    assert len({tuple(map(int, step)) for step in batched}) == len(logits)
-
-
-def test_a_forbidden_token_never_comes():
+def test_an_answer_draws_for_itself_whatever_is_drawn_beside_it():
     logits, configs, texts, allowed = mixed_batch(15)
     samplers = [make_sampler(config, 2) for config in configs]
-    for step in logits:
-        chosen = choose_batch(step, samplers, texts, allowed)
-        assert all(mask is None or mask[token] for token, mask in zip(chosen, allowed, strict=True))
+    together = [
+        [
+            int(one.choose(text, row, mask))
+            for one, text, row, mask in zip(samplers, texts, step, allowed, strict=True)
+        ]
+        for step in logits
+    ]
+    for row, config in enumerate(configs):
+        alone = make_sampler(config, 2)
+        found = [int(alone.choose(texts[row], step[row], allowed[row])) for step in logits]
+        assert found == [step[row] for step in together]
+    assert len(set(map(tuple, together))) == len(logits)
+    for step in together:
+        assert all(mask is None or mask[token] for token, mask in zip(step, allowed, strict=True))
+
+
+@pytest.mark.parametrize("mass", [0.01, 0.5, 0.9, 0.999, 1 - 1e-7])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_sorting_all(monkeypatch, mass, spread):
+    """Flat distributions need more than the head; with many equal logits the first of them stay."""
+    logits = torch.round(
+        spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)), decimals=1
+    )
+    found = keep_top_p(mass)(NOTHING, logits)
+    monkeypatch.setattr(sampling, "NUCLEUS", 5000)
+    assert torch.equal(found, keep_top_p(mass)(NOTHING, logits))
+    chances, order = torch.sort(logits.double().softmax(-1), descending=True, stable=True)
+    dropped = chances.cumsum(-1) - chances >= mass
+    expected = torch.zeros_like(dropped).scatter_(-1, order, dropped)
+    # Rounding decides at the border itself: a token there more or less, or some that have next to no probability.
+    differing = logits.double().softmax(-1) * (torch.isinf(found) != expected)
+    border = chances.masked_fill(dropped, 1.0).amin(-1)
+    assert (differing.sum(-1) <= 1.01 * border + 2e-6).all()
 
 
 def test_more_answers_do_not_change_the_first():

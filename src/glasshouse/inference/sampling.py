@@ -19,6 +19,8 @@ LogitRule = Callable[[Tensor, Tensor], Tensor]
 """Called with the tokens so far [..., T] and the logits [..., vocab_size]; returns the changed logits."""
 
 FORBIDDEN = float("-inf")
+NUCLEUS = 1024
+"""Likeliest tokens in which the border of top-p is looked for before all are sorted."""
 
 
 @dataclass(frozen=True)
@@ -207,18 +209,30 @@ def keep_top_k(count: int) -> LogitRule:
 def keep_top_p(mass: float) -> LogitRule:
     """The smallest set of likeliest tokens whose probabilities reach `mass` (Holtzman et al. 2020, arXiv:1904.09751).
 
-    The token that crosses the border stays, so at least one always does.
+    The token that crosses the border stays, so at least one always does; of equal ones at the border the first.
     """
 
     def rule(tokens: Tensor, logits: Tensor) -> Tensor:
-        ordered, order = torch.sort(logits, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        dropped = before >= mass
-        dropped[..., 0] = False
-        return logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), FORBIDDEN)
+        total = logits.logsumexp(-1, keepdim=True)
+        # Sorting a large vocabulary takes longer than reading with a small model: mostly its head is enough.
+        likely = torch.topk(logits, min(NUCLEUS, logits.shape[-1])).values
+        before = _mass_before(likely, total)
+        if bool((before[..., -1] < mass).any()):
+            likely = torch.sort(logits, descending=True).values
+            before = _mass_before(likely, total)
+        count = (before < mass).sum(-1, keepdim=True).clamp_(min=1)
+        border = likely.gather(-1, count - 1)
+        above, equal = logits > border, logits == border
+        room = count - above.sum(-1, keepdim=True)
+        return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), FORBIDDEN)
 
     return rule
+
+
+def _mass_before(likely: Tensor, total: Tensor) -> Tensor:
+    """The probability of all tokens likelier than each, of logits in falling order."""
+    probabilities = (likely - total).exp()
+    return probabilities.cumsum(-1) - probabilities
 
 
 def keep_min_p(fraction: float) -> LogitRule:
@@ -355,33 +369,6 @@ def make_sampler(config: GenerationConfig, prompt_length: int) -> Sampler:
     """The sampler of an answer that follows a prompt of so many tokens."""
     rules = logit_rules(config, prompt_length)
     return Sampler(config, rules, torch.Generator().manual_seed(config.seed))
-
-
-def choose_batch(
-    logits: Tensor,
-    samplers: Sequence[Sampler],
-    tokens: Sequence[Tensor],
-    allowed: Sequence[Tensor | None] | None = None,
-) -> Tensor:
-    """One token id per row of a batch; what a row gets does not depend on the others.
-
-    Rows that take the likeliest token of untouched logits are done in one call.
-
-    Args:
-        logits: [B, vocab_size].
-        samplers: one per row.
-        tokens: prompt and text so far of each row, each int64 [T].
-        allowed: what a constraint allows in each row, bool [vocab_size] or None; None where no row is constrained.
-
-    Returns:
-        int64 [B].
-    """
-    chosen = logits.argmax(-1)
-    masks = allowed or [None] * len(samplers)
-    for row, (sampler, text, mask) in enumerate(zip(samplers, tokens, masks, strict=True)):
-        if mask is not None or not sampler.is_plain:
-            chosen[row] = sampler.choose(text, logits[row], mask)
-    return chosen
 
 
 def likeliest(logits: Tensor, wanted: dict[int, int]) -> dict[int, list[tuple[int, float]]]:
