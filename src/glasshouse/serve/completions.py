@@ -169,6 +169,10 @@ def plan_completion(served: Served, body: CompletionRequest) -> Plan:
     served.require_writer()
     tokenizer = served.artifact.tokenizer
     given = [""] if body.prompt is None else body.prompt
+    largest = max((max(item) for item in given if not isinstance(item, str)), default=0)
+    if largest >= tokenizer.vocab_size:
+        message = f"a token in the prompt is no token: give numbers from 0 to {tokenizer.vocab_size - 1:,}"
+        raise ApiError(400, message, "prompt", "invalid_value")
     prompts = [tuple(tokenizer.prompt(item) if isinstance(item, str) else item) for item in given]
     texts = [item if isinstance(item, str) else tokenizer.decode(item, keep_special=True) for item in given]
     begin = len(tokenizer.prompt("")) if isinstance(given[0], str) else 0

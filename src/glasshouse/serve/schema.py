@@ -131,6 +131,8 @@ def _check_prompt(value: Any) -> Any:
         raise ValueError(message)
     if any(len(item) > MOST_TOKENS for item in value):
         raise ValueError(f"give at most {MOST_TOKENS:,} tokens")
+    if any(min(item) < 0 for item in value):
+        raise ValueError("a token's number is at least 0")
     return value
 
 
