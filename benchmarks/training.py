@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from glasshouse.device import Device, open_device
+from glasshouse.device import Device, open_device, peak_memory
 from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
 from glasshouse.training.objectives import TokenBatch, next_token
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig
-from glasshouse.training.plan import compile_layers, flops_per_token, matmul_rate, peak_memory
+from glasshouse.training.plan import compile_layers, flops_per_token, matmul_rate
 
 
 @dataclass(frozen=True)

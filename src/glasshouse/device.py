@@ -1,11 +1,16 @@
-"""Where and how a stage computes: device, number format, seed, threads and rank, in one small frozen value.
+"""Where and how a stage computes: device, number format, seed, threads and rank, in one small frozen value; and what
+memory it holds.
 
 There are no globals to set and none to read: whoever computes is handed a `Device`. Knows nothing of models.
 """
 
 import ctypes
 import os
+import resource
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -98,3 +103,28 @@ def _keep_large_buffers() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         return  # not glibc: its allocator decides by itself
+
+
+def process_memory() -> int:
+    """Bytes that this process holds in RAM now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def forget_peak_memory(device: Device) -> None:
+    """Let `peak_memory` count from now on; where the system cannot, it goes on counting from the process's start."""
+    if device.kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of resident memory
+
+
+def peak_memory(device: Device) -> int:
+    """Most bytes held since `forget_peak_memory`: of the GPU where there is one, else of this process's RAM."""
+    if device.kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

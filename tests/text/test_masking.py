@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from glasshouse.errors import InputError
-from glasshouse.text.reading import Words
 from glasshouse.text.masking import IGNORED, Masking, hide_tokens
+from glasshouse.text.reading import Words
 
 VOCABULARY, MASK = 103, 102
 # ids below 50 begin a word, 50 to 99 go on with one, the last three are special

@@ -94,7 +94,7 @@ def test_the_memory_it_took_is_the_memory_predicted(corpus_folder: Path, tmp_pat
 
 def test_the_peak_of_memory_is_counted_anew() -> None:
     program = (
-        "import mmap; from glasshouse.device import open_device; from glasshouse.training import plan;"
+        "import mmap; from glasshouse.device import open_device; from glasshouse import device as plan;"
         "device = open_device('cpu'); before = plan.peak_memory(device);"
         "block = mmap.mmap(-1, 2**28); block.write(bytes(2**28)); block.close(); high = plan.peak_memory(device);"
         "plan.forget_peak_memory(device); print(high - before, plan.peak_memory(device) - before)"

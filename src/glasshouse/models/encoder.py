@@ -269,6 +269,17 @@ class Encoder(nn.Module):
             return functional.linear(made, self.output_weight, self.head.bias)
         return made if self.head.output is None else self.head.output(made)
 
+    def masked(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What scores of hidden tokens are made of: hidden vectors [N, D] to [N, D], which `output_weight` multiplies,
+        and the bias that is added, [vocab_size].
+
+        Raises:
+            ValueError: the head is another one.
+        """
+        if self.head is None or self.head.bias is None:
+            raise ValueError(f"a {self.config.head.kind!r} head gives no scores of tokens")
+        return self.head(hidden), self.head.bias
+
     def _sights(self, positions: Tensor, documents: Tensor | None, hidden: Tensor) -> tuple[Sight, Sight]:
         """What the layers see that see everything, and what the local ones see."""
         config = self.config

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from glasshouse.models.decoder import Decoder
+from glasshouse.models.decoder import Decoder, DecoderConfig
+from glasshouse.models.encoder import Encoder, EncoderConfig, mean_of_tokens
 from glasshouse.models.encoder_decoder import EncoderDecoder
 
 IGNORED = -100
@@ -57,6 +58,23 @@ class SequenceBatch:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs of texts that mean the same (question and answer, a sentence and its paraphrase).
+
+    Args:
+        first: int64 [B, S], padded on the right.
+        first_mask: bool [B, S], True at tokens.
+        second: int64 [B, T].
+        second_mask: bool [B, T].
+    """
+
+    first: Tensor
+    first_mask: Tensor
+    second: Tensor
+    second_mask: Tensor
+
+
 Objective = Callable[[Any, Any], tuple[Tensor, int]]
 """From a model and a batch of its kind to the summed loss and its weight."""
 
@@ -66,6 +84,46 @@ def next_token(model: Decoder, batch: TokenBatch) -> tuple[Tensor, int]:
     hidden = model(batch.tokens, positions=batch.positions, documents=batch.documents)
     loss = linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, batch.labels.flatten())
     return loss, int((batch.labels != IGNORED).sum())
+
+
+def masked_token(model: Encoder, batch: TokenBatch) -> tuple[Tensor, int]:
+    """Cross-entropy of each hidden token given what is shown of its document: (sum in nats, number of tokens)."""
+    hidden = model(batch.tokens, positions=batch.positions, documents=batch.documents)
+    chosen = batch.labels != IGNORED
+    made, bias = model.masked(hidden[chosen])
+    return linear_cross_entropy(made, model.output_weight, batch.labels[chosen], bias), int(chosen.sum())
+
+
+def objective_for(config: DecoderConfig | EncoderConfig) -> Objective:
+    """What a family is pretrained to do."""
+    return masked_token if isinstance(config, EncoderConfig) else next_token
+
+
+def contrastive(temperature: float) -> Objective:
+    """The objective of embeddings: the other half of each pair must be nearer than those of all other pairs.
+
+    InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) with the batch's own negatives (Henderson et al. 2017,
+    arXiv:1705.00652, 4.4): cross-entropy of each first text's cosines to all second texts, divided by the temperature,
+    against its own. A text is the mean of its hidden vectors. The negatives are those computed at once, so the
+    micro-batch is part of what is learned.
+
+    Args:
+        temperature: what cosines are divided by; 0.05 is usual.
+
+    Returns:
+        An objective on a `PairBatch`: (sum in nats, number of pairs).
+    """
+
+    def objective(model: Encoder, batch: PairBatch) -> tuple[Tensor, int]:
+        both = []
+        for tokens, mask in ((batch.first, batch.first_mask), (batch.second, batch.second_mask)):
+            vectors = mean_of_tokens(model(tokens, mask=mask), mask)
+            both.append(torch.nn.functional.normalize(vectors.float(), dim=-1))
+        scores = both[0] @ both[1].T / temperature
+        own = torch.arange(len(scores), device=scores.device)
+        return torch.nn.functional.cross_entropy(scores, own, reduction="sum"), len(scores)
+
+    return objective
 
 
 def sequence_to_sequence(smoothing: float = 0.0) -> Objective:
@@ -108,6 +166,8 @@ def linear_cross_entropy(
     Returns:
         The sum in nats, a float32 scalar.
     """
+    if not len(labels):  # a process without rows, or rows with nothing hidden
+        return hidden.sum(dtype=torch.float32)
     return _LinearCrossEntropy.apply(hidden, weight, labels, bias, smoothing)  # pyright: ignore[reportReturnType]
 
 

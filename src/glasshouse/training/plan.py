@@ -5,22 +5,19 @@ counted: weights, gradients, optimizer state, and what each layer keeps for its 
 """
 
 import math
-import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 
 from glasshouse.device import Device
 from glasshouse.errors import InputError
 from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
-from glasshouse.training.objectives import CHUNK_SCORES, TokenBatch, next_token
+from glasshouse.models.encoder import Encoder, EncoderConfig
+from glasshouse.training.objectives import CHUNK_SCORES, IGNORED, TokenBatch, objective_for
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig, is_hidden_matrix
 
 WATTS_PER_CORE = 9.0
@@ -36,7 +33,6 @@ plan for GPUs that are not here."""
 MEASURING = 6.0
 """Seconds after which no further pass is timed."""
 
-
 MICRO_TOKENS_CPU, MICRO_TOKENS_GPU = 8192, 65536
 """Tokens computed at once where nothing else is asked for."""
 
@@ -45,6 +41,9 @@ TRAINING_SHARE = 0.93
 
 WORKSPACE = 110 * 10**6
 """Bytes that PyTorch's kernels and autograd take beside the tensors of a step."""
+
+MASK_SHARE = 0.3
+"""Share of an encoder's tokens that its head is taken to read, for predictions alone."""
 
 COMPILE_AFTER = 300.0
 """Seconds of training above which layers are compiled."""
@@ -100,7 +99,7 @@ class Shape:
         steps: optimizer steps.
     """
 
-    model: DecoderConfig
+    model: DecoderConfig | EncoderConfig
     rows: int
     micro_rows: int
     context: int
@@ -144,7 +143,8 @@ class ShapeRequest:
         steps: optimizer steps.
         layers, width, heads, key_value_heads, feed_forward, context, batch_tokens: as in `Size`.
         micro_rows: rows computed at once.
-        layout: "qwen3" or "llama".
+        family: "decoder" or "encoder".
+        layout: of a decoder: "qwen3" or "llama".
         dropout: share of activations dropped.
         compile: "auto", "on" or "off".
     """
@@ -161,6 +161,7 @@ class ShapeRequest:
     context: int | None = None
     batch_tokens: int | None = None
     micro_rows: int | None = None
+    family: str = "decoder"
     layout: str = "llama"
     dropout: float = 0.0
     compile: str = "auto"
@@ -252,6 +253,17 @@ def decoder_shape(size: Size, vocab_size: int, layout: str = "llama", dropout: f
     )  # fmt: skip
 
 
+def encoder_shape(size: Size, vocab_size: int, dropout: float = 0.0) -> EncoderConfig:
+    """The encoder that a size stands for: ModernBERT's layout, and one token more, the mask."""
+    return EncoderConfig(vocab_size + 1, size.width, size.layers, size.heads, size.feed_forward,
+                         max(size.context, 128), dropout=dropout)  # fmt: skip
+
+
+def make_model(config: DecoderConfig | EncoderConfig) -> Decoder | Encoder:
+    """A model of this shape, of its family."""
+    return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
+
+
 def settle(
     request: ShapeRequest,
     optimization: OptimizationConfig,
@@ -274,7 +286,12 @@ def settle(
     if request.compile not in ("auto", "on", "off"):
         raise InputError(f"unknown compile {request.compile!r}", "--compile", "use auto, on or off")
     size = requested_size(request)
-    model = decoder_shape(size, vocab_size, request.layout, request.dropout)
+    if request.family not in ("decoder", "encoder"):
+        raise InputError(f"unknown family {request.family!r}", "--family", "use decoder or encoder")
+    if request.family == "encoder":
+        model = encoder_shape(size, vocab_size, request.dropout)
+    else:
+        model = decoder_shape(size, vocab_size, request.layout, request.dropout)
     rows = size.batch_tokens // size.context
     most = max(1, (MICRO_TOKENS_GPU if device.kind == "cuda" else MICRO_TOKENS_CPU) // size.context)
     shape = Shape(model, rows, min(request.micro_rows or most, rows), size.context, 1)
@@ -305,18 +322,24 @@ def compiling_pays(seconds: float, device: Device) -> bool:
     return compiler and seconds > COMPILE_AFTER
 
 
-def parameter_count(config: DecoderConfig) -> int:
+def parameter_count(config: DecoderConfig | EncoderConfig) -> int:
     """Number of weights of a model of this shape."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(config).parameters())
+        return sum(parameter.numel() for parameter in make_model(config).parameters())
 
 
-def flops_per_token(config: DecoderConfig, context: int) -> float:
+def flops_per_token(config: DecoderConfig | EncoderConfig, context: int) -> float:
     """Operations of one training token, forward and backward: 6 per weight that multiplies, and causal attention.
 
     6 N + 6 L H d T, where N leaves out an embedding that is only looked up (Kaplan et al. 2020, arXiv:2001.08361, with
-    the half of the attention scores that a causal mask uses).
+    the half of the attention scores that a causal mask uses). An encoder's tokens see both ways, in local layers their
+    neighbourhood only, and its head reads hidden tokens alone, at most a third of all.
     """
+    if isinstance(config, EncoderConfig):
+        near = context if config.local_window is None else min(context, 2 * config.local_window + 1)
+        seen = sum(near if config.is_local(layer) else context for layer in range(config.num_layers))
+        head = config.embedding_dim * (config.vocab_size + config.embedding_dim)
+        return 6.0 * (parameter_count(config) - head * (1 - MASK_SHARE)) + 12.0 * config.embedding_dim * seen
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.embedding_dim
     attention = config.num_layers * config.num_heads * config.head_dim * context
     return 6.0 * (parameter_count(config) - looked_up) + 6.0 * attention
@@ -335,14 +358,16 @@ def matmul_rate(device: Device, seconds: float = 0.4) -> float:
     return 2.0 * width**3 / best
 
 
-def model_memory(config: DecoderConfig, optimization: OptimizationConfig, dtype: torch.dtype) -> int:
+def model_memory(
+    config: DecoderConfig | EncoderConfig, optimization: OptimizationConfig, dtype: torch.dtype
+) -> int:
     """Bytes of weights, gradients and optimizer state.
 
     In float32 a weight takes 4 bytes and its gradient 4; in bfloat16 it takes 2, its float32 master 4, and the
     gradient 4 + 2. AdamW keeps 8 bytes for each, Muon 4 for each of its matrices.
     """
     with torch.device("meta"):
-        parameters = dict(Decoder(config).named_parameters())
+        parameters = dict(make_model(config).named_parameters())
     total = 0
     for name, parameter in parameters.items():
         muon = optimization.optimizer == "muon" and is_hidden_matrix(name, parameter)
@@ -351,7 +376,11 @@ def model_memory(config: DecoderConfig, optimization: OptimizationConfig, dtype:
 
 
 def activation_memory(
-    config: DecoderConfig, rows: int, context: int, dtype: torch.dtype, compiled: bool = False
+    config: DecoderConfig | EncoderConfig,
+    rows: int,
+    context: int,
+    dtype: torch.dtype,
+    compiled: bool = False,
 ) -> int:
     """Bytes that one micro-batch keeps for its backward pass, the scores of the loss, and PyTorch's own workspace.
 
@@ -362,38 +391,16 @@ def activation_memory(
     """
     size = 4 if dtype == torch.float32 else 2
     width, inner = config.embedding_dim, config.feed_forward_dim
-    queries, keys = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    normed = 3 * (queries + keys) if config.query_key_norm else 0
+    queries = keys = config.num_heads * config.head_dim
+    normed = 0
+    if isinstance(config, DecoderConfig):
+        keys = config.num_key_value_heads * config.head_dim
+        normed = 3 * (queries + keys) if config.query_key_norm else 0
     per_token = (8 if dtype == torch.float32 else 13) * width + 5 * queries + 5 * keys + normed
     per_token += (5 if config.gated else 3) * inner + 2 * config.num_heads * context
     layers = config.num_layers * rows * context * per_token * size * (0.75 if compiled else 1.0)
     chunk = min(CHUNK_SCORES, rows * context * config.vocab_size)
     return int(layers) + chunk * (8 + 2 * size) + 3 * rows * context * width * size + WORKSPACE
-
-
-def process_memory() -> int:
-    """Bytes that this process holds in RAM now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def forget_peak_memory(device: Device) -> None:
-    """Let `peak_memory` count from now on; where the system cannot, it goes on counting from the process's start."""
-    if device.kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of resident memory
-
-
-def peak_memory(device: Device) -> int:
-    """Most bytes held since `forget_peak_memory`: of the GPU where there is one, else of this process's RAM."""
-    if device.kind == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def step_time(
@@ -412,7 +419,7 @@ def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device,
 
     One pass at least and three at most, as long as they take less than `MEASURING` seconds together.
     """
-    model = Decoder(shape.model)
+    model, objective = make_model(shape.model), objective_for(shape.model)
     initialize(model, 0)
     model = model.to(device.torch_device, device.compute_dtype)
     if compiled:
@@ -422,10 +429,13 @@ def measure_step(shape: Shape, optimization: OptimizationConfig, device: Device,
         shape.model.vocab_size, (shape.micro_rows, shape.context), device=device.torch_device
     )
     positions = torch.arange(shape.context, device=tokens.device).expand_as(tokens)
-    batch = TokenBatch(tokens, tokens, positions, torch.zeros_like(tokens))
+    labels = tokens
+    if isinstance(shape.model, EncoderConfig):
+        labels = tokens.masked_fill(torch.rand(tokens.shape, device=tokens.device) > MASK_SHARE, IGNORED)
+    batch = TokenBatch(tokens, labels, positions, torch.zeros_like(tokens))
 
     def backward() -> None:
-        loss, _ = next_token(model, batch)
+        loss, _ = objective(model, batch)
         loss.backward()
         optimizer.accumulate()
 
@@ -451,7 +461,7 @@ def _synchronize(device: Device) -> None:
         torch.cuda.synchronize()
 
 
-def compile_layers(model: Decoder) -> None:
+def compile_layers(model: Decoder | Encoder) -> None:
     """Let PyTorch fuse each layer. The layers share one compilation, so its cost does not grow with depth."""
     for layer in model.layers:
         layer.compile()

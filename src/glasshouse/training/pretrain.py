@@ -5,19 +5,23 @@ It wires the parts together: shape, prediction, model, session. What each part d
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from glasshouse.artifact import save_artifact
-from glasshouse.device import Device, open_device
+from glasshouse.device import Device, forget_peak_memory, open_device, process_memory
 from glasshouse.errors import InputError
 from glasshouse.files import require_free, sha256_file
 from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
+from glasshouse.models.encoder import Encoder, EncoderConfig, HeadConfig
 from glasshouse.run import Run
-from glasshouse.text.packing import Corpus, open_corpus
+from glasshouse.text.masking import Masking, hide_tokens
+from glasshouse.text.packing import Batch, Corpus, open_corpus
+from glasshouse.text.reading import with_mask, words_of
 from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
 from glasshouse.training.distributed import StopSignal, process_group, require_agreement, wait_for_all
-from glasshouse.training.objectives import next_token
+from glasshouse.training.objectives import masked_token, next_token
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig
 from glasshouse.training.plan import (
     Prediction,
@@ -25,18 +29,17 @@ from glasshouse.training.plan import (
     ShapeRequest,
     compile_layers,
     flops_per_token,
-    forget_peak_memory,
+    make_model,
     matmul_rate,
     model_memory,
     predict,
-    process_memory,
     requested_size,
     settle,
     size_of,
 )  # fmt: skip
 from glasshouse.training.progress import Progress, Scalars
 from glasshouse.training.session import Course, Training, announce, close, resume, train
-from glasshouse.training.validation import micro_batches, sample_text, validate
+from glasshouse.training.validation import Hide, micro_batches, sample_text, validate
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class PretrainConfig:
         context: tokens in a row.
         batch_tokens: tokens per optimizer step.
         micro_rows: rows computed at once; fewer need less memory.
-        layout: "qwen3" (norms on queries and keys) or "llama" (none).
+        family: "decoder" (writes: guesses the next token) or "encoder" (reads: guesses hidden tokens).
+        mask_share: of an encoder's tokens that are hidden.
+        mask_unit: what of them is hidden at once: a "token", a whole "word" or a "span" of words.
+        layout: of a decoder: "qwen3" (norms on queries and keys) or "llama" (none).
         optimizer: "muon" (hidden matrices by Muon, the rest by AdamW) or "adamw".
         learning_rate: peak learning rate of AdamW.
         matrix_learning_rate: peak learning rate of Muon.
@@ -93,6 +99,9 @@ class PretrainConfig:
     context: int | None = None
     batch_tokens: int | None = None
     micro_rows: int | None = None
+    family: str = "decoder"
+    mask_share: float = 0.3
+    mask_unit: str = "token"
     layout: str = "llama"
     optimizer: str = "muon"
     learning_rate: float | None = None
@@ -117,7 +126,7 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig, run: Run) -> None:
-    """Train a decoder on a prepared corpus; goes on where it stopped when the run holds a saved state.
+    """Train a decoder or an encoder on a prepared corpus; goes on where it stopped when the run holds a saved state.
 
     Args:
         config: the settings.
@@ -133,9 +142,10 @@ def pretrain(config: PretrainConfig, run: Run) -> None:
         require_agreement("their settings", repr(config))
         corpus = open_corpus(_corpus_folder(config.corpus))
         tokenizer = open_tokenizer(_corpus_folder(config.corpus))
+        tokenizer = with_mask(tokenizer) if config.family == "encoder" else tokenizer
         optimization = chosen_optimization(config)
         shape, compiled, predicted = _settle(config, run, device, corpus, optimization)
-        model = Decoder(shape.model)
+        model = make_model(shape.model)
         initialize(model, config.seed)
         masters = dict(model.named_parameters())
         model = model.to(device.torch_device, device.compute_dtype)
@@ -164,9 +174,11 @@ def _course(
     corpus: Corpus,
     tokenizer: Tokenizer,
     shape: Shape,
-    model: Decoder,
+    model: Decoder | Encoder,
 ) -> Course:
-    """What is trained: the next token of each document of the corpus."""
+    """What is trained: to guess the next token of each document of the corpus, or those that are hidden."""
+    if isinstance(model, Encoder):
+        return _masked_course(config, run, device, corpus, tokenizer, shape, model)
     isolate = config.isolate_documents
     parts = {name: corpus.split(name) for name in ("train", "validation")}
     bits_per_token = {name: part.tokens / part.bytes / math.log(2) for name, part in parts.items()}
@@ -182,6 +194,41 @@ def _course(
         lambda loss, split: loss * bits_per_token[split],
         sample if config.sample_prompt else None,
     )  # fmt: skip
+
+
+def _masked_course(
+    config: PretrainConfig,
+    run: Run,
+    device: Device,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    shape: Shape,
+    model: Encoder,
+) -> Course:
+    """What is trained: to guess the hidden tokens of each document. Their loss says nothing of a byte."""
+    isolate, train, held_out = config.isolate_documents, corpus.split("train"), corpus.split("validation")
+    return Course(
+        model, masked_token, micro_batches(train, shape, device, isolate, hiding(config, tokenizer, config.seed)), shape.steps,
+        shape.rows * shape.context, flops_per_token(shape.model, shape.context),
+        lambda stop: validate(model, held_out, shape, device, isolate, stop, hiding(config, tokenizer, 0)),
+        lambda: save_artifact(run.model_path, model, tokenizer),
+        lambda loss, split: math.nan,
+    )  # fmt: skip
+
+
+def hiding(config: PretrainConfig, tokenizer: Tokenizer, seed: int) -> Hide:
+    """What hides tokens of a step's rows: a function of the seed and the step alone."""
+    masking, words, mask = Masking(config.mask_share, config.mask_unit), words_of(tokenizer), tokenizer.mask
+    if mask is None:
+        raise InputError(
+            "the tokenizer has no token for what is hidden", str(config.corpus), "prepare it again"
+        )
+
+    def hide(rows: Batch, step: int) -> Batch:
+        shown, labels = hide_tokens(rows.tokens, words, mask, masking, seed, step)
+        return replace(rows, tokens=shown, labels=labels)
+
+    return hide
 
 
 def _corpus_folder(path: Path) -> Path:
@@ -216,8 +263,16 @@ def _settle(
             "the corpus is not the one this run was started on", str(config.corpus), "start a new run"
         )
     known = facts["shape"]
-    shape = Shape(**{**known, "model": DecoderConfig(**known["model"])})
+    shape = Shape(**{**known, "model": _model_config(known["model"])})
     return shape, facts["compiled"], Prediction(**facts["predicted"])
+
+
+def _model_config(facts: dict[str, Any]) -> DecoderConfig | EncoderConfig:
+    """A model's shape as run.json holds it."""
+    if "head" not in facts:
+        return DecoderConfig(**facts)
+    head = HeadConfig(**{**facts["head"], "labels": tuple(facts["head"]["labels"])})
+    return EncoderConfig(**{**facts, "head": head})
 
 
 def _measure(

@@ -54,15 +54,16 @@ class Progress:
         Args:
             done: steps done.
             loss: smoothed training loss in nats per token.
-            bits_per_byte: the same in bits per byte of text.
+            bits_per_byte: the same in bits per byte of text; NaN where a byte has no meaning.
             rate: tokens per second.
             utilization: share of the machine's measured matrix rate.
             memory: bytes held.
         """
         elapsed = time.perf_counter() - self.started
         left = elapsed / max(1, done - self.first) * (self.steps - done)
+        bits = "" if math.isnan(bits_per_byte) else f"{bits_per_byte:.3f} bits/byte  "
         line = (
-            f"step {done}/{self.steps}  loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {rate:,.0f} tokens/s  "
+            f"step {done}/{self.steps}  loss {loss:.3f}  {bits}{rate:,.0f} tokens/s  "
             f"{utilization:.0%} of peak  {memory / 1e9:.2f} GB  {clock(left)} left"
         )
         if self.live:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
-from glasshouse.device import Device
+from glasshouse.device import Device, peak_memory, process_memory
 from glasshouse.errors import InputError
 from glasshouse.run import Run
 from glasshouse.training.checkpoint import load_state, save_state, saved_states
@@ -18,7 +18,7 @@ from glasshouse.training.distributed import StopSignal, wait_for_all
 from glasshouse.training.loop import Batches, Schedule, Step, train_steps
 from glasshouse.training.objectives import Objective
 from glasshouse.training.optimization import MasterOptimizer
-from glasshouse.training.plan import Prediction, peak_memory, power, process_memory
+from glasshouse.training.plan import Prediction, power
 from glasshouse.training.progress import Progress, Scalars, SpikeDetector, clock
 
 SAMPLE_EVERY = 4
@@ -246,12 +246,12 @@ def _validate(training: Training) -> bool:
 def _record_validation(training: Training, loss: float) -> None:
     """Log and print a validation loss, and every so often a sample."""
     course, history, say = training.course, training.history, training.progress.say
-    bits, best = (course.bits_per_byte(nats, "validation") for nats in (loss, history.best_loss))
+    bits = course.bits_per_byte(loss, "validation")
     record: dict[str, Any] = {"step": history.step, "validation_loss": loss, "validation_bits_per_byte": bits}
     if history.smoothed is not None:
         record["gap"] = loss - history.smoothed
-    say(f"step {history.step}: validation {bits:.3f} bits/byte"
-        + ("" if loss < history.best_loss else f", best was {best:.3f} at step {history.best_step}"))  # fmt: skip
+    best = f", best was {_in_words(course, history.best_loss)} at step {history.best_step}"
+    say(f"step {history.step}: validation {_in_words(course, loss)}{'' if loss < history.best_loss else best}")
     every = validation_steps(training.settings.validations, course.steps)
     if course.sample and (history.step // every % SAMPLE_EVERY == 1 or history.step == course.steps):
         prompt, sample = course.sample()
@@ -259,6 +259,12 @@ def _record_validation(training: Training, loss: float) -> None:
         say(f"  {prompt!r} -> {sample.strip()!r}")
     training.run.log(record)
     training.scalars.add(record)
+
+
+def _in_words(course: Course, loss: float) -> str:
+    """A validation loss in bits per byte; in nats of each guess where a byte has no meaning."""
+    bits = course.bits_per_byte(loss, "validation")
+    return f"{loss:.3f} nats a guess" if math.isnan(bits) else f"{bits:.3f} bits/byte"
 
 
 def _validation_is_due(training: Training) -> bool:
@@ -303,9 +309,9 @@ def close(training: Training, predicted: Prediction, finished: bool) -> None:
         parameters=predicted.parameters, steps=history.step, tokens=tokens, seconds=history.seconds, memory=memory,
         predicted_memory=expected, energy=joules, flops=course.flops * tokens,
         energy_method=f"measured time at {power(training.device):.0f} W, assumed",
-        best={"step": history.best_step, "validation_bits_per_byte": bits},
+        best={"step": history.best_step, "validation_loss": history.best_loss, "validation_bits_per_byte": bits},
     )  # fmt: skip
-    say(
-        f"best validation: {bits:.3f} bits/byte at step {history.best_step}; the model is in {run.model_path}"
-    )
-    say(f"next: glasshouse evaluate {run.path}, or glasshouse generate {run.path} PROMPT")
+    best = _in_words(course, history.best_loss)
+    say(f"best validation: {best} at step {history.best_step}; the model is in {run.model_path}")
+    if not math.isnan(bits):
+        say(f"next: glasshouse evaluate {run.path}, or glasshouse generate {run.path} PROMPT")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 from glasshouse.device import Device
 from glasshouse.errors import InputError
@@ -13,8 +14,11 @@ from glasshouse.models.decoder import Decoder
 from glasshouse.text.packing import Batch, Split, batch, take_rows
 from glasshouse.text.tokenizer import Tokenizer
 from glasshouse.training.distributed import sum_numbers
-from glasshouse.training.objectives import TokenBatch, next_token
+from glasshouse.training.objectives import TokenBatch, objective_for
 from glasshouse.training.plan import Shape
+
+Hide = Callable[[Batch, int], Batch]
+"""From the rows of a step and its number to the same with tokens hidden, which the labels then name."""
 
 VALIDATION_ROWS = 64
 SAMPLE_TOKENS = 60
@@ -32,15 +36,17 @@ def to_device(rows: Batch, device: Device, isolate: bool) -> TokenBatch:
 
 
 def micro_batches(
-    split: Split, shape: Shape, device: Device, isolate: bool
+    split: Split, shape: Shape, device: Device, isolate: bool, hide: Hide | None = None
 ) -> Callable[[int], Iterator[TokenBatch]]:
     """The micro-batches of this process, as a function of the step alone.
 
-    Every process takes its share of the step's rows; shares may differ by one row, which summed losses allow.
+    What is hidden is decided for all rows of a step at once, so it does not depend on how they are shared out. Every
+    process takes its share of the step's rows; shares may differ by one row, which summed losses allow.
     """
 
     def batches(step: int) -> Iterator[TokenBatch]:
         rows = batch(split, step, shape.rows, shape.context, device.seed)
+        rows = rows if hide is None else hide(rows, step)
         own = np.array_split(np.arange(shape.rows), device.world_size)[device.rank]
         for piece in np.array_split(own, most_pieces(shape, device.world_size)):
             yield to_device(
@@ -60,9 +66,17 @@ def most_pieces(shape: Shape, world_size: int) -> int:
 
 @torch.no_grad()
 def validate(
-    model: Decoder, split: Split, shape: Shape, device: Device, isolate: bool, stop: Callable[[], bool]
+    model: nn.Module,
+    split: Split,
+    shape: Shape,
+    device: Device,
+    isolate: bool,
+    stop: Callable[[], bool],
+    hide: Hide | None = None,
 ) -> float | None:
     """Mean loss, in nats per token, on the same rows every time; None when asked to stop before the end.
+
+    With `hide`, of the tokens that it hides in step 0.
 
     Raises:
         InputError: the split has no row of this length.
@@ -70,13 +84,15 @@ def validate(
     model.eval()
     rows = min(VALIDATION_ROWS, max(1, split.tokens // (shape.context + 1)))
     fixed = batch(split, 0, rows, shape.context, 0)
+    fixed = fixed if hide is None else hide(fixed, 0)
+    objective = objective_for(shape.model)
     loss_sum, weight = 0.0, 0
     own = np.array_split(np.arange(rows), device.world_size)[device.rank]
     for piece in np.array_split(own, max(1, -(-rows // device.world_size // shape.micro_rows))):
         if stop():
             return None
         if len(piece):
-            loss, count = next_token(
+            loss, count = objective(
                 model, to_device(take_rows(fixed, int(piece[0]), int(piece[-1]) + 1), device, isolate)
             )
             loss_sum, weight = loss_sum + float(loss), weight + count
