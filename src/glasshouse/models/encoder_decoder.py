@@ -407,7 +407,5 @@ def initialize_sequences(model: EncoderDecoder, seed: int) -> None:
             elif config.norm_place == "before" and name.endswith(writing):
                 parameter.zero_()
             else:
-                deviation = (
-                    1.0 / config.embedding_scale if "embedding" in name else parameter.shape[1] ** -0.5
-                )
+                deviation = parameter.shape[1] ** -0.5
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
