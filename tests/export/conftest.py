@@ -8,6 +8,8 @@ import torch
 
 from glasshouse.artifact import save_artifact
 from glasshouse.models.decoder import Decoder, DecoderConfig
+from glasshouse.models.encoder import Encoder, EncoderConfig
+from glasshouse.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = [
@@ -39,6 +41,12 @@ CONFIGS = {
 }  # fmt: skip
 
 
+OTHERS = {
+    "modernbert": EncoderConfig(320, 64, 5, 4, 96, 256, local_window=4, global_every=2),
+    "t5": EncoderDecoderConfig(320, 32, 1, 1, 2, 16, 48, 128),
+}
+
+
 def randomise(model: torch.nn.Module, seed: int = 1) -> None:
     """Every parameter at random, norms and biases too: a norm of ones or a bias of zero hides a forgotten one."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,12 +69,16 @@ def configs() -> dict[str, DecoderConfig]:
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory) -> Callable[[str], Path]:
-    """Gives the folder of a model of one of `CONFIGS`."""
+    """Gives the folder of a model of one of `CONFIGS` or `OTHERS`."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
-            model = Decoder(CONFIGS[name]).eval()
+            config = CONFIGS.get(name) or OTHERS[name]
+            if isinstance(config, DecoderConfig):
+                model = Decoder(config).eval()
+            else:
+                model = (Encoder if isinstance(config, EncoderConfig) else EncoderDecoder)(config).eval()
             randomise(model)
             made[name] = tmp_path_factory.mktemp("models") / name.replace(" ", "-")
             save_artifact(made[name], model, tokenizer)

@@ -33,7 +33,7 @@ async function run({file, texts, prompts, count, read, embed}) {
     const answer = {tokens: texts.map((text) => model.tokenize(text))};
     answer.texts = answer.tokens.map((tokens) => model.detokenize(tokens));
     if (embed) {
-        const context = await model.createEmbeddingContext({contextSize: 64});
+        const context = await model.createEmbeddingContext({contextSize: 128, threads: 1});
         answer.vectors = [];
         for (const text of embed) answer.vectors.push((await context.getEmbeddingFor(text)).vector);
     } else {

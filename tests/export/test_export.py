@@ -14,7 +14,7 @@ from glasshouse.artifact import open_artifact
 from glasshouse.errors import InputError
 from glasshouse.export import export
 from glasshouse.export.export import ExportSettings, export_model
-from glasshouse.export.gguf_model import open_gguf_decoder
+from glasshouse.export.gguf_model import open_gguf
 from glasshouse.export.replay import read_rows
 from glasshouse.files import verify_manifest
 
@@ -42,7 +42,7 @@ def test_read_back_it_is_the_same_model(layout, model_folder, tmp_path, capsys):
     }  # fmt: skip
     verify_manifest(folder)
     model = open_artifact(model_folder(layout)).model
-    again = open_gguf_decoder(folder / f"{name}.gguf", model.config.rope_scaling)
+    again = open_gguf(folder / f"{name}.gguf", model.config.rope_scaling)
     tokens = list(range(40))
     assert torch.equal(read_rows(again, tokens), read_rows(model, tokens)[:, :320])
     replay = record(folder)["replay"]
@@ -134,7 +134,7 @@ def test_over_the_limit_nothing_is_left_and_the_old_stays(model_folder, tmp_path
 
 def test_a_wrong_layout_is_caught_by_the_replay(model_folder, tmp_path, monkeypatch):
     """Query heads that are not turned back: the file is whole, and says something else."""
-    turned = export.open_gguf_decoder
+    turned = export.open_gguf
 
     def spoiled(path, scaling):
         model = turned(path, scaling)
@@ -143,7 +143,7 @@ def test_a_wrong_layout_is_caught_by_the_replay(model_folder, tmp_path, monkeypa
             weight.copy_(weight.flip(0))
         return model
 
-    monkeypatch.setattr(export, "open_gguf_decoder", spoiled)
+    monkeypatch.setattr(export, "open_gguf", spoiled)
     with pytest.raises(InputError, match="differs from the model"):
         export_model(ExportSettings(str(model_folder("llama")), "gguf", "f16", tmp_path / "out"))
     assert not any(tmp_path.iterdir())
@@ -183,6 +183,32 @@ def test_a_short_context_is_enough(tokenizer, tmp_path):
     folder = export_model(ExportSettings(str(tmp_path / "model"), "gguf", "f32", tmp_path / "out"))
     assert record(folder)["replay"]["prompts"] == 6
     assert record(folder)["replay"]["tokens"] <= 48
+
+
+def test_an_encoder_makes_vectors(model_folder, tmp_path, capsys):
+    folder = export_model(ExportSettings(str(model_folder("modernbert")), "gguf", "f32", tmp_path / "out"))
+    assert {path.name for path in folder.iterdir()} == {"modernbert.gguf", "export.json", "manifest.json"}
+    replay = record(folder)["replay"]
+    assert (replay["largest"], replay["divergence"]) == (0.0, None)
+    shown = capsys.readouterr().out
+    assert "vectors and scores: largest difference 0" in shown
+    assert "the head is left out" in shown
+
+
+def test_an_encoder_decoder_has_no_gguf(model_folder, tmp_path, capsys):
+    assert "--to onnx" in refused(
+        capsys, "export", model_folder("t5"), "--to", "gguf", "--out", tmp_path / "out"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_composes_is_mentioned(model_folder, tmp_path, capsys):
+    shutil.copytree(model_folder("qwen3"), tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").unlink()
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
+    export_model(ExportSettings(str(tmp_path / "model"), "gguf", "f16", tmp_path / "out"))
+    assert "(NFC)" in capsys.readouterr().out
 
 
 # ---- ONNX

@@ -61,7 +61,7 @@ def test_a_word_that_merges_never_reach_is_not_looked_up(parts, tokenizer):
 @pytest.mark.parametrize(
     "change",
     [
-        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "NFKC"}},
         {"pre_tokenizer": None},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
         {"pre_tokenizer": {"type": "Whitespace"}},

@@ -133,6 +133,23 @@ def test_writes_the_same_text(layout, answers, model_folder, tokenizer):
     assert len({token for answer in answers[layout, "f32"]["greedy"] for token in answer}) > 8
 
 
+def test_an_encoder_makes_the_same_vectors(llama_cpp, model_folder, tokenizer, tmp_path):
+    """Longer than the window of 4 to either side; llama.cpp rounds GELU to 16 bits."""
+    artifact = open_artifact(model_folder("modernbert"))
+    save_gguf(tmp_path / "model.gguf", artifact, "modernbert", "f32")
+    texts = ["The cat sat on the mat. " * 3, *AWKWARD]
+    job = {"file": str(tmp_path / "model.gguf"), "texts": texts, "embed": texts}
+    [answer] = llama_cpp([job])
+    assert answer["tokens"] == [tokenizer.encode(text) for text in texts]
+    for text, vector in zip(texts, answer["vectors"], strict=True):
+        theirs, tokens = torch.tensor(vector), tokenizer.prompt(text)
+        with torch.no_grad():
+            ours = artifact.model(torch.tensor([tokens]))[0].mean(0)
+            other = artifact.model(torch.tensor([tokens[1:]]))[0].mean(0)
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9999
+        assert torch.cosine_similarity(other, theirs, dim=0) < 0.9999  # without the token that begins a text
+
+
 @pytest.mark.parametrize(("layout", "kind"), [case for case in CASES if case[1].startswith("q")])
 def test_quantized_files_say_nearly_the_same(layout, kind, answers, model_folder, tokenizer):
     """llama.cpp rounds the activations too: near, not equal. Weights drawn at random suffer most from rounding."""

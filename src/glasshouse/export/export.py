@@ -17,12 +17,18 @@ from glasshouse.artifact import (
     TOKENIZER_FILES,
     Artifact,
     open_artifact,
-    require_decoder,
 )
 from glasshouse.errors import InputError
-from glasshouse.export.gguf_decoder import usable_context
 from glasshouse.export.gguf_file import BITS, NUMBER_FORMATS
-from glasshouse.export.gguf_model import gguf_remarks, open_gguf_decoder, plan_tensors, save_gguf
+from glasshouse.export.gguf_model import (
+    exportable,
+    gguf_remarks,
+    open_gguf,
+    plan_tensors,
+    readable_context,
+    save_gguf,
+)
+from glasshouse.export.gguf_tokenizer import composes_only
 from glasshouse.export.modelfile import modelfile
 from glasshouse.export.onnx_model import save_graphs
 from glasshouse.export.onnx_session import ExportedModel
@@ -35,6 +41,7 @@ from glasshouse.export.replay import (
     require_close,
 )
 from glasshouse.files import atomic_folder, read_json, recover_folder, require_free, write_atomic, write_json
+from glasshouse.models.decoder import Decoder
 
 FORMATS = ("gguf", "onnx")
 RECORD = "export.json"
@@ -136,18 +143,23 @@ def _export_gguf(
     folder: Path, settings: ExportSettings, artifact: Artifact, name: str, number_format: str
 ) -> tuple[Comparison, list[str]]:
     """Write the file with its Modelfile; say how far what is read back is from the model."""
-    file, model, tokenizer = folder / f"{name}.gguf", require_decoder(artifact), artifact.tokenizer
+    file, model, tokenizer = folder / f"{name}.gguf", exportable(artifact.model), artifact.tokenizer
     save_gguf(file, artifact, name, number_format)
-    context = usable_context(model.config)
-    text = modelfile(file.name, tokenizer, artifact.generation, context, _converses(artifact))
-    write_atomic(folder / "Modelfile", text)
-    texts, rows = _model_says(settings.model, context)
-    expected = [row[:, : tokenizer.vocab_size] for row in rows]
-    exported = open_gguf_decoder(file, model.config.rope_scaling)
-    comparison = compare_rows(texts, expected, lambda tokens: read_rows(exported, tokens), tokenizer)
+    context = readable_context(model)
+    if isinstance(model, Decoder):
+        text = modelfile(file.name, tokenizer, artifact.generation, context, _converses(artifact))
+        write_atomic(folder / "Modelfile", text)
+    texts, expected = _model_says(settings.model, context)
+    exported = open_gguf(file, model.config.rope_scaling if isinstance(model, Decoder) else None)
+    spelled = tokenizer if isinstance(model, Decoder) else None
+    comparison = compare_rows(texts, expected, lambda tokens: read_rows(exported, tokens), spelled)
     entries = plan_tensors(model, tokenizer.vocab_size, number_format)
     remarks = comparison.lines("the file as read back, in float32")
-    return comparison, [*remarks, *gguf_remarks(model.config, number_format, entries)]
+    if composes_only(read_json(artifact.path / "tokenizer.json")):
+        remarks.append(
+            "llama.cpp does not compose characters (NFC) as this tokenizer does: compose a text beforehand"
+        )
+    return comparison, [*remarks, *gguf_remarks(artifact.model, number_format, entries)]
 
 
 def _export_onnx(folder: Path, settings: ExportSettings) -> tuple[Comparison, list[str]]:
@@ -165,7 +177,10 @@ def _export_onnx(folder: Path, settings: ExportSettings) -> tuple[Comparison, li
 
 
 def _model_says(path: str, context: int) -> tuple[list[list[int]], list[Tensor]]:
-    """The replayed texts, and what the model itself says of each, computed in float32."""
+    """The replayed texts, and what the exported part of the model says of each, computed in float32."""
     artifact = open_artifact(path, dtype=torch.float32, verify=False)
-    texts = replayed_texts(artifact, context)
-    return texts, [read_rows(artifact.model, tokens) for tokens in texts]
+    texts, model = replayed_texts(artifact, context), exportable(artifact.model)
+    rows = [read_rows(model, tokens) for tokens in texts]
+    return texts, [
+        row[:, : artifact.tokenizer.vocab_size] if isinstance(model, Decoder) else row for row in rows
+    ]

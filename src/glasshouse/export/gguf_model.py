@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glasshouse.artifact import Artifact, require_decoder
+from glasshouse.artifact import Artifact
 from glasshouse.errors import InputError
 from glasshouse.export.gguf_decoder import (
     ROPE_FACTORS,
+    Laid,
     architecture_of,
     config_from_fields,
     decoder_fields,
@@ -22,11 +23,20 @@ from glasshouse.export.gguf_decoder import (
     rope_factors,
     usable_context,
 )
+from glasshouse.export.gguf_encoder import (
+    encoder_architecture,
+    encoder_fields,
+    encoder_from_fields,
+    encoder_tensors,
+)
 from glasshouse.export.gguf_file import Entry, GGUFFile, check_gguf, number_format_for, write_gguf
 from glasshouse.export.gguf_tokenizer import tokenizer_fields
 from glasshouse.export.library import require_library
 from glasshouse.files import read_json
 from glasshouse.models.decoder import Decoder, DecoderConfig
+from glasshouse.models.encoder import Encoder, EncoderConfig, HeadConfig, with_head
+from glasshouse.models.encoder_decoder import EncoderDecoder
+from glasshouse.models.huggingface import Model
 from glasshouse.models.layers import rotary_frequencies
 
 FILE_TYPES = {
@@ -37,10 +47,45 @@ FILE_TYPES = {
     "q4_0": "MOSTLY_Q4_0",
 }
 QUANTIZATION_VERSION = 2
+Exportable = Decoder | Encoder
+
+
+def exportable(model: Model) -> Exportable:
+    """The part of a model that a GGUF file holds: a decoder, or an encoder without its head.
+
+    Raises:
+        InputError: it is an encoder-decoder.
+    """
+    if isinstance(model, EncoderDecoder):
+        raise InputError(
+            "a GGUF file of an encoder-decoder needs a SentencePiece tokenizer, which this model has not",
+            "--to",
+            "choose --to onnx, or serve it with glasshouse",
+        )
+    return model if isinstance(model, Decoder) else with_head(model, HeadConfig("none"), 0)
+
+
+def readable_context(model: Exportable) -> int:
+    """How many positions llama.cpp computes as we do."""
+    if isinstance(model, Decoder):
+        return usable_context(model.config)
+    return model.config.context_length
+
+
+def _shape_fields(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
+    if isinstance(config, DecoderConfig):
+        return {"general.architecture": architecture_of(config), **decoder_fields(config)}
+    return {"general.architecture": encoder_architecture(config), **encoder_fields(config)}
+
+
+def _laid_tensors(config: DecoderConfig | EncoderConfig, names: Mapping[str, Any]) -> dict[str, Laid]:
+    if isinstance(config, DecoderConfig):
+        return decoder_tensors(config, names)
+    return encoder_tensors(config, names)
 
 
 def save_gguf(path: Path, artifact: Artifact, name: str, number_format: str) -> None:
-    """Write a decoder with its tokenizer, and read every field and tensor back.
+    """Write a model with its tokenizer, and read every field and tensor back.
 
     Args:
         path: the file to make.
@@ -53,22 +98,21 @@ def save_gguf(path: Path, artifact: Artifact, name: str, number_format: str) -> 
             or what is read back is not what was written.
         OSError: the disk is full.
     """
-    model, gguf = require_decoder(artifact), require_library("gguf")
+    model, gguf = exportable(artifact.model), require_library("gguf")
     config = replace(model.config, vocab_size=artifact.tokenizer.vocab_size)
     parts = read_json(artifact.path / "tokenizer.json")
     fields: dict[str, Any] = {
-        "general.architecture": architecture_of(config),
         "general.name": name,
         "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[number_format]]),
         "general.quantization_version": QUANTIZATION_VERSION,
-        **decoder_fields(config),
+        **_shape_fields(config),
         **tokenizer_fields(parts, artifact.tokenizer),
     }
     digests = write_gguf(path, fields, plan_tensors(model, config.vocab_size, number_format))
     check_gguf(GGUFFile(path), fields, digests)
 
 
-def plan_tensors(model: Decoder, tokens: int, number_format: str) -> dict[str, Entry]:
+def plan_tensors(model: Exportable, tokens: int, number_format: str) -> dict[str, Entry]:
     """Every tensor of the file, each joined only when its turn comes.
 
     An embedding may have more rows than there are tokens, to make its size round: llama.cpp would say them, so they are
@@ -78,21 +122,21 @@ def plan_tensors(model: Decoder, tokens: int, number_format: str) -> dict[str, E
     tensors |= {
         name: tensors[name][:tokens] for name in ("embedding.weight", "head.weight") if name in tensors
     }
-    head = "embedding.weight" if model.config.tie_embeddings else "head.weight"
+    head = "head.weight" if "head.weight" in tensors else "embedding.weight"
     entries = {}
-    for name, laid in decoder_tensors(model.config, tensors).items():
+    for name, laid in _laid_tensors(model.config, tensors).items():
         rows = sum(tensors[part].shape[0] for part in laid.parts)
         shape = (rows, *tensors[laid.parts[0]].shape[1:])
         kept = number_format_for(number_format, shape, head in laid.parts)
         entries[name] = Entry(shape, kept, lambda laid=laid: laid.join(tensors))
-    factors = rope_factors(model.config)
+    factors = rope_factors(model.config) if isinstance(model, Decoder) else None
     if factors is not None:
         entries[ROPE_FACTORS] = Entry(tuple(factors.shape), "f32", lambda: factors)
     return entries
 
 
-def open_gguf_decoder(path: Path, scaling: Mapping[str, Any] | None) -> Decoder:
-    """A decoder of ours with the shape and the weights that a file holds, dequantized to float32.
+def open_gguf(path: Path, scaling: Mapping[str, Any] | None) -> Exportable:
+    """A model of ours with the shape and the weights that a file holds, dequantized to float32.
 
     Args:
         path: a file that `save_gguf` wrote.
@@ -102,21 +146,26 @@ def open_gguf_decoder(path: Path, scaling: Mapping[str, Any] | None) -> Decoder:
         InputError: the factors are not those of the scaling.
     """
     file = GGUFFile(path)
-    names = [name for name in file.names if name != ROPE_FACTORS]
-    config = config_from_fields(file.fields(), names)
-    if ROPE_FACTORS in file.names:
-        config = replace(config, rope_scaling=scaling)
+    config = _read_shape(file, scaling)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config) if isinstance(config, DecoderConfig) else Encoder(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    laid, state = decoder_tensors(config, shapes), dict[str, Tensor]()
+    laid, state = _laid_tensors(config, shapes), dict[str, Tensor]()
     for name, tensor in file.tensors():
-        if name == ROPE_FACTORS:
+        if name == ROPE_FACTORS and isinstance(config, DecoderConfig):
             _check_factors(tensor, config)
         else:
             state |= laid[name].split(tensor, shapes)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _read_shape(file: GGUFFile, scaling: Mapping[str, Any] | None) -> DecoderConfig | EncoderConfig:
+    fields = file.fields()
+    if fields["general.architecture"] in ("modern-bert", "bert"):
+        return encoder_from_fields(fields, file.rows("token_types.weight"))
+    config = config_from_fields(fields, [name for name in file.names if name != ROPE_FACTORS])
+    return replace(config, rope_scaling=scaling) if ROPE_FACTORS in file.names else config
 
 
 def _check_factors(factors: Tensor, config: DecoderConfig) -> None:
@@ -126,7 +175,7 @@ def _check_factors(factors: Tensor, config: DecoderConfig) -> None:
         raise InputError("the rotary factors are not those of the model", ROPE_FACTORS, "report it")
 
 
-def gguf_remarks(config: DecoderConfig, number_format: str, entries: Mapping[str, Entry]) -> list[str]:
+def gguf_remarks(model: Model, number_format: str, entries: Mapping[str, Entry]) -> list[str]:
     """What a person should know of the file beside its name: what was kept finer, and what it cannot say."""
     remarks = []
     kept: dict[str, int] = {}
@@ -135,9 +184,13 @@ def gguf_remarks(config: DecoderConfig, number_format: str, entries: Mapping[str
             kept[entry.number_format] = kept.get(entry.number_format, 0) + 1
     for finer, count in kept.items():
         remarks.append(f"{count} {'matrix' if count == 1 else 'matrices'} kept in {finer}")
-    if usable_context(config) < config.context_length:
+    if isinstance(model, Decoder) and usable_context(model.config) < model.config.context_length:
         remarks.append(
-            f"context cut from {config.context_length:,} to the sliding window of {config.sliding_window:,}: "
-            "llama.cpp knows no window in this layout, and up to there it computes the same"
+            f"context cut from {model.config.context_length:,} to the sliding window of "
+            f"{model.config.sliding_window:,}: llama.cpp knows no window in this layout, and up to there it computes the same"
+        )
+    if isinstance(model, Encoder) and model.head is not None:
+        remarks.append(
+            "the head is left out: llama.cpp makes vectors of texts with it (the mean of its tokens')"
         )
     return remarks

@@ -55,6 +55,14 @@ def tokenizer_fields(parts: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
     return fields
 
 
+def composes_only(parts: Mapping[str, Any]) -> bool:
+    """Whether all that the tokenizer changes in a text is to compose its characters (NFC), as Qwen's do.
+
+    llama.cpp does not, and so reads the rare text that is not composed already in another way.
+    """
+    return (parts.get("normalizer") or {}).get("type") == "NFC"
+
+
 def _special_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     begin = tokenizer.prompt("")
     if len(begin) > 1:
@@ -85,7 +93,7 @@ def _pattern_name(parts: Mapping[str, Any]) -> str:
     special = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model.get("type") != "BPE" or any(model.get(key) for key in special):
         raise _refuse(f"the tokenizer is no plain byte-level BPE ({model.get('type')})")
-    if parts.get("normalizer"):
+    if not composes_only(parts) and parts.get("normalizer"):
         raise _refuse("the tokenizer changes text before it reads it, which llama.cpp does not")
     first = parts.get("pre_tokenizer") or {}
     steps = first["pretokenizers"] if first.get("type") == "Sequence" else [first]
