@@ -298,7 +298,7 @@ def _bert_config(facts: Mapping[str, Any], head: HeadConfig, family: str) -> Enc
         position_offset=offset,
         local_window=None,
         global_every=1,
-        token_types=int(read_number(facts, "type_vocab_size", 2, 0, 2**10)),
+        token_types=int(read_number(facts, "type_vocab_size", 2, 1, 2**10)),
         norm_place="after",
         norm_epsilon=read_number(facts, "layer_norm_eps", 1e-12, 0.0, 1.0),
         activation=activation,
