@@ -41,12 +41,14 @@ async function ask(address, { body, signal } = {}) {
 
 /**
  * The models the server has.
- * @returns {Promise<{id: string, chat: boolean, base: boolean}[]>} base: it was never taught to answer
+ * @returns {Promise<{id: string, chat: boolean, base: boolean, room: number}[]>} base: it was never taught to answer;
+ *   room: tokens that it reads
  */
 export async function models() {
   const { data } = await (await ask("/v1/models")).json();
   return data.filter((model) => model.capabilities?.generate !== false).map((model) => ({
     id: model.id, chat: model.capabilities?.chat ?? true, base: model.capabilities?.instructed === false,
+    room: model.max_model_len ?? Infinity,
   }));
 }
 

@@ -86,7 +86,7 @@ export function percent(chance) {
 /** Text with what cannot be seen made visible: blanks, line ends, parts of a character. */
 export function visible(text) {
   const shown = text
-    .replace(/\ufffd+/g, "▯")
+    .replace(/[\ufffd\u0000-\u0008\u000b-\u001f\u007f-\u009f]+/g, "▯")
     .replace(/\n/g, "↵")
     .replace(/\t/g, "⇥")
     .replace(/^ | $/g, "·");

@@ -3,7 +3,7 @@
 import { bar, el, iconButton, percent, svg, visible, word } from "./dom.js";
 import { t } from "./i18n.js";
 import { bits, details, explanation, locate, weights } from "./seethrough.js";
-import { state } from "./state.js";
+import { state, tell } from "./state.js";
 import { openSpan, openToken, paintAttention, step } from "./tokens.js";
 import { before, path } from "./tree.js";
 import { branch } from "./writer.js";
@@ -56,7 +56,7 @@ function header(found) {
 function tabs() {
   const choose = (name) => () => {
     state.tab = name;
-    renderPanel();
+    tell("open");
     document.getElementById(`tab-${name}`).focus();
   };
   const move = (event) => {
@@ -185,7 +185,7 @@ function showWeights(result, found, all) {
   const order = shares.map((share, index) => ({ share, index })).sort((one, other) => other.share - one.share);
   const top = order.filter(({ share }) => share > 0.005).slice(0, MOST_LOOKED);
   result.replaceChildren(
-    el("h3", {}, t("looked")),
+    el("h3", {}, t(state.layer < 0 || state.head < 0 ? "lookedMean" : "looked")),
     el("ol.bars.looked", {}, ...top.map(({ share, index }) => el("li", {}, el("button.choice", {
       type: "button", onclick: () => openToken(state.open.leaf, index),
     }, el("span.label.cut", {}, around(found.tokens, index)), bar(share / top[0].share), el("span.number", {}, percent(share)))))),

@@ -8,7 +8,7 @@ export const DEFAULTS = {
 };
 
 export const state = {
-  /** @type {{id: string, chat: boolean, base: boolean}[]} */
+  /** @type {{id: string, chat: boolean, base: boolean, room: number}[]} */
   models: [],
   model: recall("model", ""),
   second: "",

@@ -100,6 +100,7 @@ export function trainingLine(conversation) {
   return conversation.mode === "chat" ? { messages: messages(conversation, nodes, conversation.system) } : { text: joined(nodes) };
 }
 
+const words = (value) => (typeof value === "string" ? value : "");
 const numbers = (list) => (Array.isArray(list) && list.every(Number.isInteger) ? list : undefined);
 
 /**
@@ -110,7 +111,7 @@ export function clean(given) {
   if (typeof given !== "object" || given === null || typeof given.nodes !== "object" || given.nodes === null) return null;
   const conversation = newConversation(given.mode === "chat" ? "chat" : "text");
   if (typeof given.id === "string") conversation.id = given.id.slice(0, 100);
-  conversation.title = String(given.title ?? "").slice(0, 200);
+  conversation.title = words(given.title).slice(0, 200);
   if (typeof given.system === "string") conversation.system = given.system;
   for (const key of ["created", "updated"]) if (Number.isFinite(given[key])) conversation[key] = given[key];
   const entries = new Map(Object.entries(given.nodes));
@@ -136,7 +137,7 @@ function cleanNode(id, parent, node) {
   return {
     id, parent, children: [],
     role: node.role === "user" ? "user" : "assistant",
-    text: String(node.text ?? ""),
+    text: words(node.text),
     model: typeof node.model === "string" ? node.model : undefined,
     pair: typeof node.pair === "string" ? node.pair : undefined,
     finish: typeof node.finish === "string" ? node.finish : undefined,

@@ -10,12 +10,13 @@ import { addNode, before, joined, messages, newConversation } from "./tree.js";
 
 const SAVE_EVERY = 1500; // milliseconds between savings while text comes
 
-/** The sampling settings as the server names them. */
-function samplingFields() {
+/** The sampling settings as the server names them; no model is asked for more than it can hold. */
+function samplingFields(model) {
   const { stops, seed, ...numbers } = state.sampling;
   const stop = stops.split("\n").filter(Boolean).slice(0, 4);
   return {
     ...numbers,
+    max_tokens: Math.min(numbers.max_tokens, modelNamed(model)?.room ?? Infinity),
     seed: seed === "" ? Math.floor(Math.random() * 2 ** 31) : Number(seed),
     ...(stop.length ? { stop } : {}),
   };
@@ -25,7 +26,7 @@ function samplingFields() {
 function requestFor(conversation, node) {
   const nodes = before(conversation, node);
   const text = conversation.mode === "chat" ? { messages: messages(conversation, nodes, conversation.system) } : { prompt: joined(nodes) };
-  return { model: node.model, ...text, ...samplingFields() };
+  return { model: node.model, ...text, ...samplingFields(node.model) };
 }
 
 /** Whether anything is being written in the conversation on the page. */
@@ -66,7 +67,7 @@ export function goOn(node) {
   const exact = node.promptIds && node.ids?.length;
   if (!exact && state.conversation.mode === "chat") return retry(node);
   const prompt = exact ? [...node.promptIds, ...node.ids] : joined([...before(state.conversation, node), node]);
-  return run(state.conversation, node, { model: node.model, prompt, ...samplingFields() });
+  return run(state.conversation, node, { model: node.model, prompt, ...samplingFields(node.model) });
 }
 
 /** Write a node anew, in its place: for one that failed before it said anything. */
@@ -93,7 +94,7 @@ export function branch(node, start, word) {
     save(state.conversation);
     return tell("conversation");
   }
-  return run(state.conversation, version, { model: start.model, prompt: [...start.before, ...version.ids], ...samplingFields() });
+  return run(state.conversation, version, { model: start.model, prompt: [...start.before, ...version.ids], ...samplingFields(start.model) });
 }
 
 /** The last node of the chosen path. */
