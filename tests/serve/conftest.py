@@ -23,6 +23,7 @@ from glasshouse.serve.guard import Limits
 from glasshouse.serve.metrics import Log
 from glasshouse.serve.models import House, open_models
 from glasshouse.serve.server import Server, build, take_port
+from glasshouse.text.chat import CHATML_TEMPLATE, render
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
 
 CPU = Device("cpu", "float32", 0, 1)
@@ -82,10 +83,11 @@ def learn(model: Decoder, rows: list[tuple[list[int], list[int]]], pad: int) -> 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: 0.1 million parameters, 320 tokens, a context of 1,024."""
-    texts = [GREETING, CALL, COUNT, STORY, str(WEATHER), "user assistant system tool # Tools weather hello"]
-    tokenizer = train_tokenizer(iter(texts * 3), 320, exact=False)
-    model = Decoder(DecoderConfig(tokenizer.vocab_size, 64, 2, 4, 2, 16, 128, 1024))
+    """A model folder: 0.1 million parameters, some 400 tokens, a context of 1,024."""
+    prompt = render(CHATML_TEMPLATE, [{"role": "user", "content": "weather hello count"}], [WEATHER])
+    # It has never seen the greeting: each of its characters that is not ASCII lies over several tokens.
+    tokenizer = train_tokenizer(iter([prompt, CALL] * 3), 512, exact=False)
+    model = Decoder(DecoderConfig(tokenizer.vocab_size, 64, 2, 4, 2, 16, 96, 1024))
     initialize(model, seed=1)
     learn(model, rows_to_learn(tokenizer), tokenizer.pad)
     folder = tmp_path_factory.mktemp("served") / "model"
