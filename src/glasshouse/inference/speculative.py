@@ -115,19 +115,20 @@ class Worth:
 
     One for everything that runs under like conditions (a model on a machine): what one answer taught serves the next.
 
-    A few plain steps are timed, then a trial of steps with guesses; guessing stays while a token with guesses takes less
-    time than one without, and is stopped otherwise, for longer after each trial that failed. Now and then a plain step is
-    timed again, so that the comparison is never with long ago. Times are medians: one step that was held up decides
-    nothing.
+    A few plain steps are timed, then a trial of steps with guesses: a short one where they clearly lose, a longer one
+    otherwise. Guessing stays while a token with guesses takes no more time than one without, and is stopped otherwise, for
+    longer after each trial that failed. Now and then a plain step is timed again, so that the comparison is never with
+    long ago. Times are medians: one step that was held up decides nothing.
     """
 
-    PLAIN, TRIAL, REFRESH = 4, 6, 32
-    PAUSES = 32, 1024
-    MARGIN = 1.02
+    PLAIN, REFRESH = 4, 32
+    SHORT_TRIAL, TRIAL, WINDOW = 6, 16, 48
+    CLEARLY, MARGIN = 0.8, 0.97
+    PAUSES = 64, 1024
 
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=9)
-        self._guessed: deque[tuple[float, int]] = deque(maxlen=16)
+        self._guessed: deque[tuple[float, int]] = deque(maxlen=self.WINDOW)
         self._until_plain = self.REFRESH
         self._paused, self._pause = 0, self.PAUSES[0]
 
@@ -154,12 +155,14 @@ class Worth:
             return
         self._guessed.append((seconds, tokens))
         self._until_plain -= 1
-        if len(self._guessed) >= self.TRIAL:
-            if self.gain >= self.MARGIN:
-                self._pause = self.PAUSES[0]
-            else:
-                self._paused, self._pause = self._pause, min(2 * self._pause, self.PAUSES[1])
-                self._guessed.clear()
+        steps, gain = len(self._guessed), self.gain
+        if (gain < self.CLEARLY and steps >= self.SHORT_TRIAL) or (
+            gain < self.MARGIN and steps >= self.TRIAL
+        ):
+            self._paused, self._pause = self._pause, min(2 * self._pause, self.PAUSES[1])
+            self._guessed.clear()
+        elif steps >= self.TRIAL:
+            self._pause = self.PAUSES[0]
 
     @property
     def gain(self) -> float:
