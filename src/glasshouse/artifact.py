@@ -29,18 +29,21 @@ from glasshouse.files import (
     verify_manifest,
     write_json,
 )
-from glasshouse.models.decoder import Decoder
+from glasshouse.models.decoder import Decoder, quantize_head
 from glasshouse.models.encoder import Encoder
 from glasshouse.models.huggingface import (
     Model,
     ModelConfig,
     Stored,
+    bits_of,
     build_model,
     canonical_name,
     config_from_huggingface,
     config_to_huggingface,
     copied_tensors,
     fit_to_tensors,
+    quantization_facts,
+    state_to_store,
     stored_tensors,
 )
 from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
@@ -50,6 +53,7 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODE_DTYPES = {"weight_packed": ("I32",), "weight_scale": ("BF16",), "weight_shape": ("I64",)}
 SIZE_LIMITS = {  # bytes; far above what any model needs, read only after this check
     "run.json": 2**24,
     CONFIG_FILE: 2**20,
@@ -131,14 +135,14 @@ def save_artifact(
         InputError: no family holds this model, the tokenizer does not fit it, or the disk is full.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in state_to_store(model).items()}
     stored = stored_tensors(model.config, tensors)
     _require_fit(tokenizer, model.config, folder)
     reads_only = isinstance(model, Encoder)
     start = tokenizer.start if reads_only else tokenizer.end_of_document
     ids: dict[str, Any] = {"bos_token_id": start, "eos_token_id": tokenizer.end_of_document}
     ids |= {"pad_token_id": tokenizer.pad, **(generation or {})}
-    config = config_to_huggingface(model.config, ids, _dtype_name(tensors))
+    config = config_to_huggingface(model.config, ids, _dtype_name(tensors)) | quantization_facts(model)
     recover_folder(folder)
     require_free(folder, sum(tensor.nbytes for tensor in tensors.values()) + 2**20)
     with atomic_folder(folder) as temporary:
@@ -151,7 +155,7 @@ def save_artifact(
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if not dtypes <= set(DTYPES.values()):
         raise InputError(
             f"weights in {dtypes - set(DTYPES.values())}", "model", "save float32, bfloat16 or float16"
@@ -229,12 +233,14 @@ def _open_folder(
     else:
         digest = ""
     files = _weight_files(folder)
-    config = _read_config(folder)
+    config, bits = _read_config(folder)
     found = _find_tensors(folder, files, config)
     config = fit_to_tensors(config, found)
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config, bits)
     _load_weights(model, found, dtype, device)
+    if bits is not None and isinstance(model, Decoder):
+        quantize_head(model)
     generation = _read_object(folder, GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
     for name in TOKENIZER_FILES:
         if name == "tokenizer.json" or (folder / name).exists():
@@ -343,10 +349,11 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def _read_config(folder: Path) -> tuple[ModelConfig, int | None]:
+    """The model's shape, and the bits of its weights where they are few."""
     facts = _read_object(folder, CONFIG_FILE)
     try:
-        return config_from_huggingface(facts)
+        return config_from_huggingface(facts), bits_of(facts)
     except InputError as error:
         raise InputError(error.what, f"{folder / CONFIG_FILE}, {error.where}", error.fix) from None
 
@@ -432,7 +439,8 @@ def _load_weights(
     )
     for name, tensor in found.items():
         for part, piece in stored[name].split(_read_tensor(tensor), shapes).items():
-            state[part] = piece.to(device=device, dtype=dtype).contiguous()
+            kept = part.rpartition(".")[2] in CODE_DTYPES
+            state[part] = piece.to(device=device, dtype=None if kept else dtype).contiguous()
     model.load_state_dict(state, assign=True)
 
 
@@ -463,9 +471,10 @@ def _check_tensor(
     expected = stored[name].shape(shapes)
     if tensor.shape != expected:
         raise InputError(f"shape {list(tensor.shape)} where the config means {list(expected)}", where, TORN)
-    if tensor.dtype not in DTYPES:
+    allowed = CODE_DTYPES.get(name.rpartition(".")[2], DTYPES)
+    if tensor.dtype not in allowed:
         raise InputError(
-            f"numbers in the format {tensor.dtype}", where, f"readable here: {', '.join(DTYPES)}"
+            f"numbers in the format {tensor.dtype}", where, f"readable here: {', '.join(allowed)}"
         )
 
 

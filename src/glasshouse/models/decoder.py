@@ -149,8 +149,9 @@ class Decoder(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The matrix that turns a hidden vector into logits: [vocab_size, D]."""
-        tied = self.head is None or self.config.tie_embeddings
-        return self.embedding.weight if tied else self.head.weight
+        if self.head is None or self.config.tie_embeddings:
+            return self.embedding.weight
+        return self.head.weight
 
     def forward(
         self,

@@ -17,7 +17,14 @@ from glasshouse.models import huggingface_decoder, huggingface_encoder, huggingf
 from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.models.encoder import Encoder, EncoderConfig
 from glasshouse.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from glasshouse.models.huggingface_config import WHOLE, Layout, say_value
+from glasshouse.models.huggingface_config import (
+    NEVER,
+    WHOLE,
+    Layout,
+    quantization_bits,
+    quantization_config,
+    say_value,
+)
 from glasshouse.models.huggingface_decoder import decoder_family, decoder_layout, read_decoder, write_decoder
 from glasshouse.models.huggingface_encoder import (
     encoder_architecture,
@@ -34,6 +41,7 @@ from glasshouse.models.huggingface_encoder_decoder import (
     with_head,
     write_encoder_decoder,
 )
+from glasshouse.models.layers import QuantizedLinear, swap_linears
 
 ModelConfig = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 Model = Decoder | Encoder | EncoderDecoder
@@ -62,7 +70,7 @@ def family_of(facts: Any) -> tuple[str, str]:
     family = facts.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURES:
         raise InputError(f"unknown model family {say_value(family)}", "model_type", known)
-    if facts.get("quantization_config"):
+    if facts.get("quantization_config") and bits_of(facts) is None:
         raise InputError("the weights are quantized", "quantization_config", "open the unquantized model")
     known_classes = ARCHITECTURES[family]
     named = facts.get("architectures")
@@ -76,6 +84,11 @@ def family_of(facts: Any) -> tuple[str, str]:
             f"give a {' or '.join(known_classes)}",
         )
     return family, named[0]
+
+
+def bits_of(facts: Any) -> int | None:
+    """The bits of the weights that a config.json describes, if they are few and laid out as they are here; else None."""
+    return quantization_bits(facts["quantization_config"]) if facts.get("quantization_config") else None
 
 
 def config_from_huggingface(facts: Any) -> ModelConfig:
@@ -144,11 +157,61 @@ def layout_for(config: ModelConfig) -> Layout:
     return encoder_layout(config) if isinstance(config, EncoderConfig) else decoder_layout(config)
 
 
-def build_model(config: ModelConfig) -> Model:
-    """A model of this shape, its weights as yet without meaning."""
+def build_model(config: ModelConfig, bits: int | None = None) -> Model:
+    """A model of this shape, its weights as yet without meaning, in 8 or 4 bits where that is asked for."""
     if isinstance(config, EncoderDecoderConfig):
-        return EncoderDecoder(config)
-    return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
+        model = EncoderDecoder(config)
+    else:
+        model = Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
+    if bits is not None:
+        swap_linears(
+            model,
+            lambda layer: QuantizedLinear(
+                layer.in_features, layer.out_features, bits, layer.bias, layer.weight.device
+            ),
+        )
+    return model
+
+
+def quantization_facts(model: Model) -> dict[str, Any]:
+    """What config.json says, beside the rest, of a model with weights of few bits; nothing of another.
+
+    Raises:
+        InputError: its family on disk has no place for such weights.
+    """
+    bits = {layer.bits for name, layer in _quantized(model).items() if name != "head"}
+    if not bits:
+        return {}
+    narrow = [name for name, layer in _quantized(model).items() if layer.in_features % 32]
+    if (
+        not isinstance(model, Decoder)
+        or layout_for(model.config).transposed != NEVER
+        or narrow
+        or len(bits) > 1
+    ):
+        raise InputError(
+            "int8 and int4 are saved for decoders in the layouts of Llama, Mistral and Qwen, of widths that 32 divides",
+            narrow[0] if narrow else family_for(model.config),
+            "save the model as it is, and quantize it when it is opened",
+        )
+    return {"quantization_config": quantization_config(bits.pop(), ["lm_head"])}
+
+
+def state_to_store(model: Model) -> dict[str, Tensor]:
+    """What is written of a model, by our names: all of its state but a head of int8, which is made anew on opening.
+
+    Raises:
+        InputError: that head was made from a matrix that is not there any more.
+    """
+    if not isinstance(model, Decoder) or "head" not in _quantized(model):
+        return model.state_dict()
+    if not model.config.tie_embeddings:
+        raise InputError("the head is quantized", "head", "save from the model that is not quantized yet")
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+
+
+def _quantized(model: Model) -> dict[str, QuantizedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 def fit_to_tensors(config: ModelConfig, names: Iterable[str]) -> ModelConfig:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glasshouse.errors import InputError
+from glasshouse.models.layers import CODE_GROUP
 
 ACTIVATION_NAMES = {  # theirs to ours; the last name of each is the one written
     "swish": "silu",
@@ -162,3 +163,45 @@ def head_width(width: int, heads: int) -> int:
             f"{width} cannot be divided among {heads} heads", "num_attention_heads", "give head_dim as well"
         )
     return width // heads
+
+
+# ---- weights of few bits
+
+
+def quantization_config(bits: int, ignored: list[str]) -> dict[str, Any]:
+    """What config.json says of weights in compressed-tensors' "pack-quantized" layout.
+
+    Args:
+        bits: 8 or 4.
+        ignored: names on disk of linear modules that keep plain weights.
+    """
+    weights = {
+        "num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
+        "strategy": "group" if bits == 4 else "channel", "group_size": CODE_GROUP[4] if bits == 4 else None,
+    }  # fmt: skip
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ignored,
+    }  # fmt: skip
+
+
+def quantization_bits(config: Mapping[str, Any]) -> int | None:
+    """The bits of a quantization_config, or None where it is not one that is written here."""
+    try:
+        (group,) = config["config_groups"].values()
+        bits = group["weights"]["num_bits"]
+        written = quantization_config(bits, [])
+        alike = (
+            config["format"] == written["format"]
+            and group["targets"] == ["Linear"]
+            and not group.get("input_activations")
+        )
+        (mine,) = written["config_groups"].values()
+        return (
+            bits
+            if alike and all(group["weights"].get(key) == value for key, value in mine["weights"].items())
+            else None
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None

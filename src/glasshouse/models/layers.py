@@ -174,7 +174,7 @@ class QuantizedLinear(nn.Module):
         """Round a matrix [outputs, width]."""
         layer = cls(weight.shape[1], weight.shape[0], bits, bias, weight.device)
         codes, scale = round_weights(weight, bits)
-        padding = native.code_words(weight.shape[1], bits) * 32 // bits - weight.shape[1]
+        padding = -weight.shape[1] % (32 // bits)  # to whole words
         layer.set_words(_pack(functional.pad(codes, (0, padding), value=CODE_ZERO[bits]), bits), scale)
         return layer
 
@@ -182,9 +182,9 @@ class QuantizedLinear(nn.Module):
         """Take packed codes, int32 [outputs, words], and bfloat16 scales [outputs, groups]."""
         rows = -self.out_features % CODE_BLOCK
         words = functional.pad(words, (0, self.codes.shape[1] - words.shape[1], 0, rows))
-        self.codes.copy_(words.view(-1, CODE_BLOCK, words.shape[1]).transpose(1, 2))
+        self.codes = words.view(-1, CODE_BLOCK, words.shape[1]).transpose(1, 2).contiguous()
         scale = functional.pad(scale, (0, 0, 0, rows))
-        self.scale.copy_(scale.view(-1, CODE_BLOCK, scale.shape[1]).transpose(1, 2))
+        self.scale = scale.view(-1, CODE_BLOCK, scale.shape[1]).transpose(1, 2).contiguous()
 
     def words(self) -> tuple[Tensor, Tensor]:
         """What `set_words` takes; the codes without the padding at the end of a row."""
@@ -204,6 +204,30 @@ class QuantizedLinear(nn.Module):
             scale = scale.repeat_interleave(CODE_GROUP[4], dim=1)[:, : self.in_features]
         return codes * scale.float()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Under the names, and in the layout, of compressed-tensors: what is kept is what is on disk."""
+        destination[prefix + "weight_packed"], destination[prefix + "weight_scale"] = self.words()
+        destination[prefix + "weight_shape"] = torch.tensor([self.out_features, self.in_features])
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in ("weight_packed", "weight_scale")]
+        missing_keys.extend(name for name in names if name not in state_dict)
+        if all(name in state_dict for name in names):
+            self.set_words(*(state_dict[name] for name in names))
+        if self.bias is not None and prefix + "bias" in state_dict:
+            self.bias = nn.Parameter(state_dict[prefix + "bias"], requires_grad=False)
+
     def native_weight(self) -> Weight:
         """Itself, as the C++ kernels take it."""
         return Weight(self.codes, self.scale, self.bias, self.out_features, self.bits)
@@ -213,6 +237,15 @@ class QuantizedLinear(nn.Module):
         if native.suits(hidden):
             return native.linear(hidden.contiguous(), (self.native_weight(),))
         return functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
+
+
+def swap_linears(model: nn.Module, make: Callable[[Linear], nn.Module], kept: str = "head") -> None:
+    """Put what `make` makes of it in the place of each linear layer, but for those below the module called `kept`."""
+    for name, parent in list(model.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            full = f"{name}.{child_name}".lstrip(".")
+            if type(child) is Linear and full.split(".")[0] != kept:
+                setattr(parent, child_name, make(child))
 
 
 def native_weights(hidden: Tensor, linears: Sequence[nn.Module]) -> list[Weight] | None:
