@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from glasshouse.artifact import Artifact
@@ -18,6 +18,8 @@ from glasshouse.interpret.attention import is_pattern, position_keeper, stack_la
 from glasshouse.interpret.lens import is_stream, lens_logits, likeliest_by_layer
 from glasshouse.interpret.record import Recording, record
 from glasshouse.models.decoder import Decoder
+from glasshouse.serve.completions import plain_messages
+from glasshouse.serve.schema import LONGEST_TEXT, MOST_MESSAGES, MOST_TOKENS, Fields, Message, TokenId
 from glasshouse.text.tokenizer import Tokenizer
 
 ROWS = 256
@@ -27,16 +29,16 @@ LENS_TOKENS = 5
 """Tokens shown of each layer."""
 
 
-class ExplainRequest(BaseModel):
+class ExplainRequest(Fields):
     """What to explain: exactly one of `token_ids`, `prompt` and `messages`, and how deeply."""
 
-    model_config = ConfigDict(extra="forbid")
-
     model: str = Field(max_length=1000, description="Name of the model.")
-    token_ids: list[int] | None = Field(None, max_length=2**20, description="The text as token ids.")
-    prompt: str | None = Field(None, max_length=2**22, description="The text.")
-    messages: list[dict[str, Any]] | None = Field(
-        None, max_length=2**14, description="A conversation, rendered with the model's own template."
+    token_ids: list[TokenId] | None = Field(
+        None, max_length=MOST_TOKENS, description="The text as token ids."
+    )
+    prompt: str | None = Field(None, max_length=LONGEST_TEXT, description="The text.")
+    messages: list[Message] | None = Field(
+        None, max_length=MOST_MESSAGES, description="A conversation, rendered with the model's own template."
     )
     alternatives: int = Field(
         5, ge=0, le=MOST_ALTERNATIVES, description="Likeliest tokens shown beside each."
@@ -87,7 +89,7 @@ def request_tokens(tokenizer: Tokenizer, request: ExplainRequest) -> list[int]:
     if request.token_ids is not None:
         return request.token_ids
     if request.messages is not None:
-        return tokenizer.encode_chat(request.messages, add_generation_prompt=False)
+        return tokenizer.encode_chat(plain_messages(request.messages), add_generation_prompt=False)
     return tokenizer.prompt(request.prompt or "")
 
 
@@ -130,9 +132,9 @@ def explain(
     row = torch.tensor(tokens, device=model.output_weight.device)
     recording = _read(model, row, place, lens, attention)
     return {
-        "tokens": _token_odds(artifact, recording.hidden[0], row, alternatives),
+        "tokens": _token_odds(model, artifact.tokenizer, recording.hidden[0], row, alternatives),
         "position": place if lens or attention else None,
-        "lens": _lens(artifact, recording) if lens else None,
+        "lens": _lens(model, artifact.tokenizer, recording) if lens else None,
         "attention": _attention(recording, place) if attention else None,
     }
 
@@ -167,15 +169,17 @@ def _read(model: Decoder, row: Tensor, position: int, lens: bool, attention: boo
     )
 
 
-def _token_odds(artifact: Artifact, hidden: Tensor, row: Tensor, alternatives: int) -> list[dict[str, Any]]:
+def _token_odds(
+    model: Decoder, tokenizer: Tokenizer, hidden: Tensor, row: Tensor, alternatives: int
+) -> list[dict[str, Any]]:
     """Text and odds of each token: hidden [T, D], row [T]."""
-    ids, tokenizer = row.tolist(), artifact.tokenizer
+    ids = row.tolist()
     odds: list[dict[str, Any]] = [
         {"probability": None, "rank": None, "entropy": None, "alternatives": []},
     ]
     for start in range(0, len(ids) - 1, ROWS):
         end = min(start + ROWS, len(ids) - 1)
-        logits = artifact.model.logits(hidden[start:end])[:, : tokenizer.vocab_size].float()
+        logits = model.logits(hidden[start:end])[:, : tokenizer.vocab_size].float()
         odds += _odds(logits, row[start + 1 : end + 1], tokenizer, alternatives)
     texts = token_texts(tokenizer, ids)
     return [
@@ -231,11 +235,10 @@ def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return texts
 
 
-def _lens(artifact: Artifact, recording: Recording) -> list[dict[str, Any]]:
-    streams = stack_layers(recording, is_stream)
-    logits = lens_logits(artifact.model, streams)[:, : artifact.tokenizer.vocab_size]
+def _lens(model: Decoder, tokenizer: Tokenizer, recording: Recording) -> list[dict[str, Any]]:
+    logits = lens_logits(model, stack_layers(recording, is_stream))[:, : tokenizer.vocab_size]
     return [
-        {"layer": layer.layer, "top": _likely(artifact.tokenizer, layer.ids, layer.probabilities)}
+        {"layer": layer.layer, "top": _likely(tokenizer, layer.ids, layer.probabilities)}
         for layer in likeliest_by_layer(logits, LENS_TOKENS)
     ]
 
