@@ -3,11 +3,13 @@
 Every error leaves as OpenAI's error object. Knows which path is whose; nothing of engines or of sockets.
 """
 
+import base64
 import re
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from glasshouse.artifact import Artifact
 from glasshouse.errors import InputError
+from glasshouse.inference.embedding import embed_tokens
 from glasshouse.serve.completions import (
     Plan,
     chat_events,
@@ -32,10 +35,17 @@ from glasshouse.serve.explain import explain_routes
 from glasshouse.serve.guard import describe_fault
 from glasshouse.serve.metrics import Line, Metrics
 from glasshouse.serve.models import House, Served
-from glasshouse.serve.openai import ApiError, api_error, describe_models, server_sent, to_json
+from glasshouse.serve.openai import ApiError, api_error, describe_models, server_sent, to_json, unsupported
 from glasshouse.serve.responses import Record, ResponsesRequest, chat_request, response_events, whole_response
-from glasshouse.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from glasshouse.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from glasshouse.serve.stream import EventStream, Job, unless_gone
+from glasshouse.text.reading import read_text
 
 PAGE = Path(__file__).parent / "page"
 MEDIA_TYPES = {
@@ -102,7 +112,7 @@ def create_app(house: House, metrics: Metrics) -> FastAPI:
     _add_errors(app)
     _add_facts(app, house, metrics)
     _add_writing(app, house, metrics)
-    _add_texts(app, house)
+    _add_texts(app, house, metrics)
 
     def find(name: str) -> Artifact:
         return house.find(name).artifact
@@ -293,7 +303,16 @@ async def _with_error(
 # ---- texts and tokens
 
 
-def _add_texts(app: FastAPI, house: House) -> None:
+def _add_texts(app: FastAPI, house: House, metrics: Metrics) -> None:
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: HttpRequest) -> dict[str, Any]:
+        """Texts as vectors of length one."""
+        served = house.find(body.model)
+        answer = await house.in_thread(_embed, served, body)
+        request.state.line.note(model=served.name, prompt_tokens=answer["usage"]["prompt_tokens"])
+        metrics.tokens.labels(served.name, "embedded").inc(answer["usage"]["prompt_tokens"])
+        return answer
+
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text or a conversation."""
@@ -308,6 +327,31 @@ def _add_texts(app: FastAPI, house: House) -> None:
             message = f"token {max(body.tokens)} in a vocabulary of {tokenizer.vocab_size:,}"
             raise ApiError(400, message, "tokens", "invalid_value")
         return {"prompt": await house.in_thread(tokenizer.decode, body.tokens, True)}
+
+
+def _embed(served: Served, body: EmbeddingRequest) -> dict[str, Any]:
+    artifact = served.artifact
+    width = artifact.config.embedding_dim
+    if body.dimensions not in (None, width):
+        raise unsupported("dimensions", f"the vectors of {served.name} have {width} numbers: leave it out")
+    begin = [artifact.tokenizer.end_of_document]
+    rows = [
+        read_text(artifact.tokenizer, item).ids or begin if isinstance(item, str) else item
+        for item in body.input
+    ]
+    vectors = embed_tokens(artifact.model, rows)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _encode(vector, body.encoding_format)}
+        for index, vector in enumerate(vectors.numpy())
+    ]
+    count = sum(map(len, rows))
+    spent = {"prompt_tokens": count, "total_tokens": count}
+    return {"object": "list", "model": served.name, "data": data, "usage": spent}
+
+
+def _encode(vector: np.ndarray, form: str | None) -> list[float] | str:
+    """A vector as numbers, or as the base64 of its little-endian float32."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if form == "base64" else vector.tolist()
 
 
 def _tokenize(served: Served, body: TokenizeRequest) -> dict[str, Any]:

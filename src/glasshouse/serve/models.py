@@ -23,7 +23,9 @@ from glasshouse.models.decoder import Decoder
 from glasshouse.serve.openai import ApiError
 
 TEXT_THREADS = 4
-"""Threads that tokenize, render templates and compile schemas, so that the event loop never does."""
+"""Threads that tokenize, render templates, compile schemas and embed, so that the event loop never does."""
+MOST_WAITING = 256
+"""Requests that such a thread works on or that wait for one."""
 
 Result = TypeVar("Result")
 
@@ -99,6 +101,7 @@ class House:
     request_seconds: float = 600.0
     phase: Literal["loading", "ready", "draining"] = "loading"
     work: set[Work] = field(default_factory=set)
+    waiting: int = 0
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
     )
@@ -120,8 +123,18 @@ class House:
         return self.models[name]
 
     async def in_thread(self, function: Callable[..., Result], *values: Any) -> Result:
-        """Call a function that takes a while, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *values)
+        """Call a function that takes a while, off the event loop.
+
+        Raises:
+            ApiError: too many wait for the same.
+        """
+        if self.waiting >= MOST_WAITING:
+            raise ApiError(429, "too many requests wait: try again later", None, "queue_full", retry_after=2)
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, function, *values)
+        finally:
+            self.waiting -= 1
 
     def load(self) -> None:
         """Start every engine and let it write a token, so that the first client waits for nothing.
