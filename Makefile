@@ -19,7 +19,7 @@ demo:
 	@$(ENTER) $(PYTHON) -m glasshouse demo
 
 install:
-	@$(ENTER) sh .ci/install dev corpus,export,hub,report,serve,tensorboard,dev "$(CPU_TORCH)"
+	@$(ENTER) sh .ci/install dev corpus,evaluation,export,hub,report,serve,tensorboard,dev "$(CPU_TORCH)"
 
 test: install
 	@$(ENTER) $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)

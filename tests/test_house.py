@@ -19,7 +19,7 @@ PEERS = {"litgpt"}
 """What benchmarks compare with, where somebody installed it in an environment of its own."""
 IMPORTERS = {"import_module", "require_library", "importorskip"}
 """Functions that import what their first argument names."""
-STAGES = {"text.prepare", "training.pretrain", "training.finetune", "evaluation.evaluate"}
+STAGES = {"text.prepare", "training.pretrain", "training.finetune", "training.sequences", "evaluation.evaluate"}
 FLOORS = {
     "errors": set(),
     "files": set(),

@@ -6,7 +6,7 @@ Every verb imports what it needs inside its own function: this table is the one 
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ GENERATE_HELP = {
     "PROMPT": "the text to continue, in quotes; - reads it from standard input; without one, a document is begun",
     "device DEVICE": "auto, cpu, cuda or mps",
     "dtype FORMAT": "auto, float32 or bfloat16",
+    "form FORM": "what the answer must be: json, schema:FILE, regex:PATTERN, choice:A|B|C or grammar:FILE",
+    "draft GUESSER": "guess ahead while that is faster: lookup, or a smaller model; changes no text",
+    "beams N": "search for the likeliest text, so many at a time, instead of drawing",
 }
 EXPORT_HELP = {
     "MODEL": "a run, a model folder, or a folder in Hugging Face layout",
@@ -39,6 +42,17 @@ EXPORT_HELP = {
 }
 SERVE_HELP = {
     "MODEL": "a run, a model folder, or a folder in Hugging Face layout; several may follow, each as NAME=PATH"
+}
+PAIRS_HELP = {
+    "pairs FILES": "train an encoder-decoder on pairs instead; pretrain --pairs --help lists its settings"
+}
+TRANSLATE_HELP = {
+    "MODEL": "a run of pretrain --pairs, a model folder, or a folder in Hugging Face layout",
+    "TEXT": "what to translate, in quotes; - reads lines from standard input",
+    "file FILE": "translate a file line by line instead",
+    "references FILE": "also measure: the right answers, line by line (needs sacrebleu)",
+    "device DEVICE": "auto, cpu, cuda or mps",
+    "dtype FORMAT": "auto, float32 or bfloat16",
 }
 RESUME_HELP = {"resume": "go on with the unfinished run in --out, exactly where it stopped"}
 
@@ -107,12 +121,17 @@ def _usage() -> str:
     return "\n".join([*lines, "", "glasshouse VERB --help lists the settings of one; glasshouse --version"])
 
 
-def _stage(name: str) -> tuple[type, Callable[[Any, "Run"], object]]:
-    """The config class and the function of one stage."""
+def _stage(name: str, given: Collection[str] = ()) -> tuple[type, Callable[[Any, "Run"], object]]:
+    """The config class and the function of one stage, given the names of its settings: `pretrain` learns from a corpus,
+    or, with `pairs`, an encoder-decoder from pairs."""
     if name == "prepare":
         from glasshouse.text.prepare import PrepareConfig, prepare
 
         return PrepareConfig, prepare
+    if name == "pretrain" and "pairs" in given:
+        from glasshouse.training.sequences import PairsConfig, pretrain_pairs
+
+        return PairsConfig, pretrain_pairs
     if name == "pretrain":
         from glasshouse.training.pretrain import PretrainConfig, pretrain
 
@@ -175,12 +194,14 @@ def _make(stage: str, words: list[str]) -> int:
     if words and not words[0].startswith("-"):
         name = {"prepare": "documents", "pretrain": "corpus", "finetune": "model"}[stage]
         raise InputError(f"unexpected {words[0]!r}", "", f"write --{name} {words[0]}")
-    config_class, function = _stage(stage)
     out, resume = _take_value(words, "out"), _take_switch(words, "resume") if stage in RESUMABLE else False
     given = {}
     if resume and out is not None:
         given = recorded_settings(Path(out), stage)
+    named = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    config_class, function = _stage(stage, named | set(given))
     options = OUT_HELP | (RESUME_HELP if stage in RESUMABLE else {})
+    options |= PAIRS_HELP if stage == "pretrain" and "pairs" not in named else {}
     config = parse_config(config_class, words, stage, given=given, options=options)
     if out is None:
         raise InputError("--out is missing", "", "add --out and the run folder to make, like --out runs/name")
@@ -220,12 +241,18 @@ def _generate(words: list[str]) -> int:
 
     path, prompt = _take_positionals("generate", words, "MODEL [PROMPT]")
     where, number_format = _take_value(words, "device") or "auto", _take_value(words, "dtype") or "auto"
+    form, draft, beams = (_take_value(words, name) or "" for name in ("form", "draft", "beams"))
     config = parse_config(GenerationConfig, words, "generate", options=GENERATE_HELP)
     from glasshouse.device import open_device
-    from glasshouse.inference.generate import generate_text
+    from glasshouse.inference.generate import AnswerOptions, generate_text
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    generate_text(path, prompt, config, open_device(where, number_format, config.seed))
+    if beams and not beams.isdigit():
+        raise InputError(f"{beams!r} is not a whole number", "--beams", "give the number of texts kept at a time")
+    options = AnswerOptions(form, draft, int(beams or 0))
+    generate_text(
+        path, prompt, config, open_device(where, number_format, config.seed), options=options
+    )
     return 0
 
 
@@ -243,6 +270,25 @@ def _serve(words: list[str]) -> int:
             f"{error.name} is not installed", "", 'in the project folder, pip install ".[serve]"'
         ) from None
     return serve(paths, parse_config(ServeConfig, rest, "serve", options=SERVE_HELP))
+
+
+def _translate(words: list[str]) -> int:
+    from glasshouse.config import parse_config
+    from glasshouse.inference.generate import TranslationConfig
+
+    path, text = _take_positionals("translate", words, "MODEL [TEXT]")
+    where, number_format = _take_value(words, "device") or "auto", _take_value(words, "dtype") or "auto"
+    file, references = _take_value(words, "file"), _take_value(words, "references")
+    config = parse_config(TranslationConfig, words, "translate", options=TRANSLATE_HELP)
+    from glasshouse.device import open_device
+    from glasshouse.evaluation.translation import translate_lines
+
+    if text == "-":
+        text = sys.stdin.read()
+    device = open_device(where, number_format)
+    known = Path(references) if references else None
+    translate_lines(path, text, config, device, Path(file) if file else None, known)
+    return 0
 
 
 def _report(words: list[str]) -> int:
@@ -274,6 +320,9 @@ def _plan(words: list[str]) -> int:
     stages = read_recipe(path)
     if "pretrain" not in stages:
         raise InputError("there is nothing to plan", str(path), "add a pretrain part")
+    if "pairs" in stages["pretrain"]:
+        fix = "run it: it times its own steps and says what it will take before the first"
+        raise InputError("training on pairs cannot be planned ahead", f"{path}: pretrain.pairs", fix)
     configs = {}
     for stage in (stage for stage in ("prepare", "pretrain") if stage in stages):
         values = ({"corpus": "."} if "prepare" in stages and stage == "pretrain" else {}) | stages[stage]
@@ -306,7 +355,7 @@ def _run_recipe(word: str, out: str | None) -> Path:
         raise InputError("there is nothing to evaluate", f"{path}: evaluate", "add a pretrain part")
     work = []
     for stage in (stage for stage in STAGES if stage in recipe):
-        config_class, function = _stage(stage)
+        config_class, function = _stage(stage, recipe[stage])
         values = dict(recipe[stage])
         if stage == "pretrain" and "prepare" in recipe:
             values.setdefault("corpus", str(folder / "prepare"))
@@ -388,6 +437,10 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("a corpus -> a language model", _pretrain),
     "finetune": ("a model and examples -> a model that answers like them", _finetune),
     "generate": ("a model and a prompt -> text", _generate),
+    "translate": (
+        "a model trained on pairs and text -> its counterpart; with --references, how good",
+        _translate,
+    ),
     "evaluate": ("how well a model predicts held-out text, beside a 5-gram baseline", _evaluate),
     "compare": ("two runs, paired, with intervals", _compare),
     "report": ("a run -> its model card", _report),

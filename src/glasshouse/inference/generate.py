@@ -17,9 +17,13 @@ import torch
 from glasshouse.artifact import Artifact, open_artifact, require_decoder
 from glasshouse.device import Device
 from glasshouse.errors import InputError
-from glasshouse.inference.engine import Token, generate
-from glasshouse.inference.sampling import GenerationConfig
-from glasshouse.inference.search import BeamConfig, search_translations
+from glasshouse.inference.constrain import Constraint, compile_constraint
+from glasshouse.inference.engine import Engine, generate
+from glasshouse.inference.paged import PagedCache, Reader
+from glasshouse.inference.request import EngineSettings, Propose, Request, StopFilter, Token
+from glasshouse.inference.sampling import GenerationConfig, expand, rank_answers
+from glasshouse.inference.search import MOST_BEAMS, BeamConfig, search_continuation, search_translations
+from glasshouse.inference.speculative import DraftModel, PromptLookup, Worth, while_it_pays
 from glasshouse.models.encoder_decoder import EncoderDecoder
 from glasshouse.text.pairs import encode_sources, pad_rows
 
@@ -89,10 +93,35 @@ def write_stream(tokens: Iterable[Token], prompt: str, output: TextIO) -> str:
     return "".join(written)
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is asked of answers besides how their tokens are drawn.
+
+    Args:
+        form: "json" (any object), "schema:FILE", "regex:PATTERN", "choice:A|B|C" or "grammar:FILE"; empty for any text.
+        draft: what guesses ahead, as long as that is faster: "lookup" (in the text so far), or a smaller model with the
+            same tokenizer; empty for nothing. Changes no text.
+        beams: search for the likeliest text, so many at a time, instead of drawing; 0 to draw.
+    """
+
+    form: str = ""
+    draft: str = ""
+    beams: int = 0
+
+    def __post_init__(self) -> None:
+        if self.beams and (self.form or self.draft):
+            raise InputError("a search takes neither a form nor guesses", "--beams", "leave out one of them")
+
+
 def generate_text(
-    path: Path | str, prompt: str, config: GenerationConfig, device: Device, output: TextIO | None = None
+    path: Path | str,
+    prompt: str,
+    config: GenerationConfig,
+    device: Device,
+    output: TextIO | None = None,
+    options: AnswerOptions | None = None,
 ) -> str:
-    """Open a model, continue a prompt and write both as they come.
+    """Open a model, continue a prompt and write both as they come; several answers one after another, best first.
 
     Args:
         path: a run, a model folder, or a folder in Hugging Face layout.
@@ -100,15 +129,144 @@ def generate_text(
         config: how tokens are drawn, and when to stop.
         device: where and in what number format.
         output: where to write; standard output by default.
+        options: a form the answer must have, guesses, or a search.
 
     Returns:
-        The generated text, without the prompt.
+        The generated text, without the prompt; several joined by newlines.
 
     Raises:
-        InputError: the model cannot be opened, or the prompt leaves no room in its context.
+        InputError: the model cannot be opened, the prompt leaves no room in its context, or an option cannot be met.
     """
+    options, output = options or AnswerOptions(), output or sys.stdout
     artifact = open_artifact(path, dtype=device.compute_dtype, device=device.torch_device)
-    return write_stream(continue_text(artifact, prompt, config), prompt, output or sys.stdout)
+    if options.beams:
+        texts = search_texts(artifact, prompt, config, options.beams)
+        return "\n".join(
+            write_stream([Token(0, text, 0.0, 0, 0.0)], _headed(prompt, number, len(texts)), output)
+            for number, text in enumerate(texts, 1)
+        )
+    if max(config.n, config.best_of or 1) > 1:
+        found = answer_several(artifact, prompt, config, options)
+        return "\n".join(
+            write_stream(tokens, _headed(prompt, number, len(found)), output)
+            for number, tokens in enumerate(found, 1)
+        )
+    [request] = _requests(artifact, prompt, config, options)
+    engine = Engine(require_decoder(artifact), artifact.tokenizer, EngineSettings(max_batch=1))
+    return write_stream(engine.stream(request), prompt, output)
+
+
+def _headed(prompt: str, number: int, count: int) -> str:
+    return prompt if count == 1 else f"-- {number} of {count} --\n{prompt}"
+
+
+def answer_several(
+    artifact: Artifact, prompt: str, config: GenerationConfig, options: AnswerOptions | None = None
+) -> list[list[Token]]:
+    """`n` answers to a prompt, written together; with `best_of` the best so many of that many, best first.
+
+    Raises:
+        InputError: the prompt leaves no room in the model's context, or an option cannot be met.
+    """
+    requests = _requests(artifact, prompt, config, options or AnswerOptions())
+    settings = EngineSettings(max_batch=len(requests))
+    answers = Engine(require_decoder(artifact), artifact.tokenizer, settings).complete(requests)
+    if len(answers) == config.n:
+        return answers
+    best = rank_answers([[token.probability for token in answer] for answer in answers], config.n)
+    return [answers[number] for number in best]
+
+
+def _requests(
+    artifact: Artifact, prompt: str, config: GenerationConfig, options: AnswerOptions
+) -> list[Request]:
+    """One request per answer that has to be written."""
+    ends = frozenset(end_tokens(artifact))
+    constraint = open_form(options.form, artifact, ends) if options.form else None
+    draft = open_artifact(options.draft) if options.draft not in ("", "lookup") else None
+    if draft is not None:
+        _require_same_tokens(artifact, draft)
+    worth, tokens = Worth(), tuple(artifact.tokenizer.prompt(prompt))
+    return [
+        Request(
+            tokens,
+            one,
+            0,
+            ends,
+            constraint and constraint.fork(),
+            propose=while_it_pays(_guesser(draft, artifact), worth) if options.draft else None,
+        )  # fmt: skip
+        for one in expand(config)
+    ]
+
+
+def _guesser(draft: Artifact | None, artifact: Artifact) -> Propose:
+    if draft is None:
+        return PromptLookup()
+    return DraftModel(require_decoder(draft), artifact.tokenizer.vocab_size)
+
+
+def _require_same_tokens(artifact: Artifact, draft: Artifact) -> None:
+    def spellings(one: Artifact) -> list[bytes]:
+        return [one.tokenizer.token_bytes(token) for token in range(one.tokenizer.vocab_size)]
+
+    if spellings(artifact) != spellings(draft):
+        raise InputError(
+            "the draft model has another tokenizer", "--draft", "use one that was trained with the same"
+        )
+
+
+def open_form(form: str, artifact: Artifact, ends: Iterable[int]) -> Constraint:
+    """The constraint that a form asks for, written as in `AnswerOptions`.
+
+    Raises:
+        InputError: there is no such form or file, or it cannot be compiled.
+    """
+    name, _, value = form.partition(":")
+    kinds = {
+        "json": "json_object", "schema": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar",
+    }  # fmt: skip
+    if name not in kinds or (name == "json") == bool(value):
+        raise InputError(
+            f"{form[:60]!r} is no form", "--form",
+            "write json, schema:FILE, regex:PATTERN, choice:A|B|C or grammar:FILE",
+        )  # fmt: skip
+    if name in ("schema", "grammar"):
+        try:
+            value = Path(value).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot be read: {error}", value, "give a text file") from None
+    given = value.split("|") if name == "choice" else value or None
+    return compile_constraint(kinds[name], given, artifact.tokenizer, list(ends), "--form")
+
+
+def search_texts(artifact: Artifact, prompt: str, config: GenerationConfig, beams: int) -> list[str]:
+    """The `n` likeliest continuations of a prompt that a beam search finds, best first.
+
+    Args:
+        artifact: a decoder.
+        prompt: the text; empty for the start of a document.
+        config: its `n`, `max_new_tokens` and `stop` are heeded; nothing is drawn.
+        beams: texts kept at a time.
+
+    Raises:
+        InputError: the prompt leaves no room in the model's context, or there are more answers than beams.
+    """
+    model, tokenizer = require_decoder(artifact), artifact.tokenizer
+    tokens = tokenizer.prompt(prompt) or [tokenizer.end_of_document]
+    search = BeamConfig(beams, config.n, max_new_tokens=config.max_new_tokens)
+    longest = min(len(tokens) + config.max_new_tokens, model.config.context_length)
+    size = EngineSettings.block_size
+    cache = PagedCache(model, (beams + 1) * (-(-longest // size) + 1), size)
+    reader = Reader(model, cache, beams, EngineSettings.chunk)
+    ends = {tokenizer.end_of_document, *end_tokens(artifact)}
+    found = search_continuation(reader, tokens, search, ends, tokenizer.vocab_size)
+    return [_cut(tokenizer.decode(answer.tokens), config.stop) for answer in found]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    held = StopFilter(stops)
+    return held.push(text) + held.flush()
 
 
 @dataclass(frozen=True)
@@ -116,14 +274,16 @@ class TranslationConfig:
     """How a text is searched for.
 
     Args:
-        beams: texts kept at a time; 1 takes the likeliest token each time.
-        length_penalty: a text's score is its log-probability / length ** length_penalty: above 0 longer texts gain.
+        beams: texts kept at a time; 1 takes the likeliest token each time. As the model's own generation_config.json
+            says, else 4, where not given.
+        length_penalty: a text's score is its log-probability / length ** length_penalty: above 0 longer texts gain. As
+            the model says, else 1, where not given.
         max_new_tokens: most tokens of an answer.
         rows: texts that are searched together; more need more memory.
     """
 
-    beams: int = 4
-    length_penalty: float = 1.0
+    beams: int | None = None
+    length_penalty: float | None = None
     max_new_tokens: int = 200
     rows: int = 64
 
@@ -154,7 +314,7 @@ def translate_texts(
             raise InputError(what, "text", "cut it into sentences")
     order = sorted((row for row, text in enumerate(texts) if text.strip()), key=lambda row: len(sources[row]))
     answers = [""] * len(texts)
-    limited = BeamConfig(config.beams, 1, config.length_penalty, False, min(config.max_new_tokens, room))
+    limited = _search_config(artifact, config, room)
     for start in range(0, len(order), config.rows):
         chosen = order[start : start + config.rows]
         padded = torch.from_numpy(pad_rows([sources[row] for row in chosen], artifact.tokenizer.pad))
@@ -175,8 +335,9 @@ def _search(
     device = model.output_weight.device
     seen = torch.arange(sources.shape[1])[None] < lengths[:, None]
     mask = None if bool(seen.all()) else seen.to(device)
+    ends = (*end_tokens(artifact), artifact.tokenizer.end_of_document)
     found = search_translations(
-        model, sources.to(device), mask, config, start_token=start_token(artifact), end_tokens=(*end_tokens(artifact), artifact.tokenizer.end_of_document),
+        model, sources.to(device), mask, config, start_token=start_token(artifact), end_tokens=ends,
         vocab_size=artifact.tokenizer.vocab_size,
     )  # fmt: skip
     return [artifact.tokenizer.decode(best.tokens).strip() for best, *_ in found]
@@ -188,13 +349,12 @@ def start_token(artifact: Artifact) -> int:
     return named if isinstance(named, int) else artifact.tokenizer.pad
 
 
-def settings_of(artifact: Artifact) -> TranslationConfig:
-    """The search that the model's own generation_config.json asks for, where it does."""
+def _search_config(artifact: Artifact, config: TranslationConfig, room: int) -> BeamConfig:
+    """The search: what was asked for, and for the rest what the model's own generation_config.json says."""
     beams, penalty = artifact.generation.get("num_beams"), artifact.generation.get("length_penalty")
-    usual = TranslationConfig()
-    return TranslationConfig(
-        beams if isinstance(beams, int) and 1 <= beams <= 64 else usual.beams,
-        float(penalty)
-        if isinstance(penalty, int | float) and math.isfinite(penalty)
-        else usual.length_penalty,
-    )
+    beams = beams if isinstance(beams, int) and 1 <= beams <= MOST_BEAMS else 4
+    penalty = float(penalty) if isinstance(penalty, int | float) and math.isfinite(penalty) else 1.0
+    return BeamConfig(
+        config.beams or beams, 1, penalty if config.length_penalty is None else config.length_penalty, False,
+        min(config.max_new_tokens, room),
+    )  # fmt: skip

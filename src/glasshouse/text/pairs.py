@@ -87,8 +87,12 @@ def read_pairs(paths: Sequence[Path], columns: tuple[str, str] | None = None) ->
     return Pairs(tuple(kept), tuple(empty), len(kept) - len(set(kept)), digest)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, without their ends; only a line feed ends a line."""
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, plain or as .gz, without their ends; only a line feed ends a line.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -101,7 +105,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _parallel(sources: Path, targets: Path) -> Iterator[tuple[int, Pair]]:
-    left, right = list(_lines(sources)), list(_lines(targets))
+    left, right = list(read_lines(sources)), list(read_lines(targets))
     if len(left) != len(right):
         what = f"{len(left):,} lines against {len(right):,}"
         raise InputError(what, f"{sources}, {targets}", "give two files whose lines belong together")
@@ -110,7 +114,7 @@ def _parallel(sources: Path, targets: Path) -> Iterator[tuple[int, Pair]]:
 
 def _tsv_rows(path: Path, columns: tuple[str, str] | None) -> Iterator[tuple[int, Pair]]:
     places, first = (0, 1), 1
-    rows = list(_lines(path))
+    rows = list(read_lines(path))
     if columns is not None:
         header = rows[0].split("\t")
         missing = [name for name in columns if name not in header]
@@ -128,7 +132,7 @@ def _tsv_rows(path: Path, columns: tuple[str, str] | None) -> Iterator[tuple[int
 
 
 def _json_rows(path: Path, columns: tuple[str, str] | None) -> Iterator[tuple[int, Pair]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             yield number, _json_pair(line, columns, f"{path}, line {number}")
 

@@ -73,9 +73,9 @@ class PairsConfig:
         licence: of the model, for its card.
     """
 
-    pairs: list[Path]
-    validation: list[Path]
-    columns: list[str] | None = None
+    pairs: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    columns: tuple[str, ...] | None = None
     layout: str = "marian"
     vocab_size: int = 6000
     layers: int = 4
