@@ -20,8 +20,8 @@ from glasshouse.errors import InputError
 from glasshouse.inference.cache import PagedCache, free_blocks
 from glasshouse.inference.paged import Piece, Reader
 from glasshouse.inference.request import EngineSettings, EngineStatistics, Event, QueueFull, Request, Token
-from glasshouse.inference.sampling import GenerationConfig, likeliest, odds, require_tokens
-from glasshouse.inference.schedule import Answer, Row, Schedule
+from glasshouse.inference.sampling import GenerationConfig, likeliest, odds
+from glasshouse.inference.schedule import Answer, Row, Schedule, require_request
 from glasshouse.models.decoder import Decoder
 from glasshouse.text.tokenizer import Tokenizer
 
@@ -115,13 +115,21 @@ class Engine:
     def _require(self, request: Request) -> int:
         """Refuse what can never run; else, how many tokens it may have."""
         room = min(self.model.config.context_length, self.cache.pool.total * self.settings.block_size)
-        _require_request(request, self.model, self.tokenizer, room)
+        require_request(request, self.tokenizer, self.model.config.vocab_size, room)
         return room
 
     def cancel(self, ticket: int) -> None:
         """Stop a request: later steps tell nothing of it, and the next one frees its place. Unknown tickets do nothing."""
         with self._lock:
             self._cancelled.add(ticket)
+
+    def clear(self) -> None:
+        """Drop every request; not while a step runs."""
+        with self._lock:
+            self._inbox.clear()
+            self._schedule.remove(
+                [answer.ticket for answer in (*self._schedule.waiting, *self._schedule.running)]
+            )
 
     def step(self) -> list[Event]:
         """Read a chunk of the prompts and a token of each answer, and choose the tokens that come next.
@@ -325,23 +333,6 @@ class Engine:
                 self._held[event.ticket].append(event)
 
 
-def _require_request(request: Request, model: Decoder, tokenizer: Tokenizer, room: int) -> None:
-    """Refuse what can never run."""
-    length = max(len(request.prompt), 1)
-    if length >= room:
-        raise InputError(
-            f"the prompt has {length:,} tokens and the model reads at most {room:,}, the new ones included",
-            "prompt", "shorten the prompt",
-        )  # fmt: skip
-    if request.prompt and (min(request.prompt) < 0 or max(request.prompt) >= model.config.vocab_size):
-        raise InputError(
-            f"token {max(request.prompt)} in a vocabulary of {model.config.vocab_size:,}",
-            "prompt",
-            "use the model's tokenizer",
-        )
-    require_tokens(request.config, tokenizer.vocab_size)
-
-
 def _each_alone(
     read: Callable[[Sequence[Item]], list[Tensor]], items: Sequence[Item]
 ) -> list[tuple[Item, Tensor | Exception]]:
@@ -414,7 +405,8 @@ class EngineThread:
         self.engine = engine
         self._listeners: dict[int, Callable[[Event], None]] = {}
         self._condition = threading.Condition()
-        self._stopping, self._thread = False, threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
@@ -432,15 +424,12 @@ class EngineThread:
             self._stopping = True
             self._condition.notify_all()
             drained = self._condition.wait_for(lambda: not self._listeners, drain_seconds)
-            left = list(self._listeners)
             self._stopped = True
             self._condition.notify_all()
-        self._thread.join()
-        for ticket in left:
-            self._tell(Event(ticket, None, InputError("the engine was stopped", "", "start it again")))
+        if self._thread.is_alive():
+            self._thread.join()
+        self._fail_all(InputError("the engine was stopped", "", "start it again"))
         return drained
-
-    _stopped = False
 
     def submit(self, request: Request, listener: Callable[[Event], None]) -> int:
         """Put a request into the queue; thread-safe.
@@ -477,8 +466,18 @@ class EngineThread:
                 self._condition.wait_for(lambda: self._stopped or not self.engine.is_idle)
                 if self._stopped:
                     return
-            for event in self.engine.step():
+            try:
+                events = self.engine.step()
+            except Exception as error:  # a fault of the engine itself: everyone is told, and it begins anew
+                self._fail_all(error)
+                continue
+            for event in events:
                 self._tell(event)
+
+    def _fail_all(self, error: Exception) -> None:
+        self.engine.clear()
+        for ticket in list(self._listeners):
+            self._tell(Event(ticket, None, error))
 
     def _tell(self, event: Event) -> None:
         with self._condition:

@@ -371,17 +371,18 @@ def make_sampler(config: GenerationConfig, prompt_length: int) -> Sampler:
     return Sampler(config, rules, torch.Generator().manual_seed(config.seed))
 
 
-def likeliest(logits: Tensor, wanted: dict[int, int]) -> dict[int, list[tuple[int, float]]]:
-    """Ids and probabilities of the likeliest tokens of some rows, as many as each wants: row -> [(id, probability)]."""
-    rows = [row for row, count in wanted.items() if count]
-    if not rows:
-        return {}
-    most = min(max(wanted.values()), logits.shape[1])
-    top = logits[rows].softmax(-1).topk(most)
-    pairs = zip(rows, top.indices.tolist(), top.values.tolist(), strict=True)
-    return {
-        row: list(zip(ids[: wanted[row]], chances[: wanted[row]], strict=True)) for row, ids, chances in pairs
-    }
+def likeliest(logits: Tensor, wanted: Mapping[int, int]) -> dict[int, list[tuple[int, float]]]:
+    """Ids and probabilities of the likeliest tokens of some rows, as many as each wants: row -> [(id, probability)].
+
+    Rows that want equally many are done in one call: which of equally likely tokens come first depends on the number.
+    """
+    found = {}
+    for count in {count for count in wanted.values() if count}:
+        rows = [row for row, own in wanted.items() if own == count]
+        top = logits[rows].softmax(-1).topk(min(count, logits.shape[1]))
+        for row, ids, chances in zip(rows, top.indices.tolist(), top.values.tolist(), strict=True):
+            found[row] = list(zip(ids, chances, strict=True))
+    return found
 
 
 def odds(logits: Tensor, chosen: Tensor) -> Tensor:

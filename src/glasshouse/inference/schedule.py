@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from glasshouse.errors import InputError
 from glasshouse.inference.cache import BlockPool, PagedCache, Table
 from glasshouse.inference.paged import Piece
 from glasshouse.inference.request import Alternative, EngineSettings, Request, StopFilter, Token
-from glasshouse.inference.sampling import make_sampler
+from glasshouse.inference.sampling import make_sampler, require_tokens
 from glasshouse.text.tokenizer import Tokenizer
 
 MOST_DRAFTS = 16
@@ -112,6 +113,33 @@ def block_keys(tokens: Sequence[int], block_size: int) -> list[bytes]:
         key = hashlib.blake2b(key + array[end - block_size : end].tobytes(), digest_size=16).digest()
         keys.append(key)
     return keys
+
+
+def require_request(request: Request, tokenizer: Tokenizer, rows: int, room: int) -> None:
+    """Refuse what can never run.
+
+    Args:
+        request: what is asked for.
+        tokenizer: the model's.
+        rows: of the model's embedding.
+        room: most tokens that prompt and answer may have together.
+
+    Raises:
+        InputError: the prompt leaves no room, or something names an id that is no token.
+    """
+    length = max(len(request.prompt), 1)
+    if length >= room:
+        raise InputError(
+            f"the prompt has {length:,} tokens and the model reads at most {room:,}, the new ones included",
+            "prompt", "shorten the prompt",
+        )  # fmt: skip
+    if request.prompt and (min(request.prompt) < 0 or max(request.prompt) >= rows):
+        raise InputError(
+            f"token {max(request.prompt)} in a vocabulary of {rows:,}",
+            "prompt",
+            "use the model's tokenizer",
+        )
+    require_tokens(request.config, tokenizer.vocab_size)
 
 
 @dataclass(frozen=True)
