@@ -1,6 +1,7 @@
 """The verb's function: text arrives as it is written, and every way of stopping is clean."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from glasshouse.artifact import open_artifact, save_artifact
 from glasshouse.device import open_device
 from glasshouse.errors import InputError
 from glasshouse.inference.engine import Token
-from glasshouse.inference.generate import continue_text, end_tokens, generate_text, write_stream
+from glasshouse.inference.generate import (
+    AnswerOptions,
+    answer_several,
+    continue_text,
+    end_tokens,
+    generate_text,
+    search_texts,
+    write_stream,
+)
 from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
 from glasshouse.text.tokenizer import train_tokenizer
@@ -117,3 +126,115 @@ def test_end_tokens_may_be_one_or_several(folder):
 def test_no_model_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no such model"):
         generate_text(tmp_path / "nothing", "x", CONFIG, device())
+
+
+# ---- several answers, forms, guesses, searches
+
+
+def answer(folder, config=CONFIG, **options):
+    output = io.StringIO()
+    text = generate_text(folder, "The cat", config, device(), output, AnswerOptions(**options))
+    return text, output.getvalue()
+
+
+def test_several_answers_are_each_shown_under_its_number(folder):
+    config = GenerationConfig(1.0, max_new_tokens=12, seed=2, n=3)
+    text, shown = answer(folder, config)
+    answers = [
+        "".join(token.text for token in tokens)
+        for tokens in answer_several(open_artifact(folder), "The cat", config)
+    ]
+    assert text == "\n".join(answers)
+    assert shown == "".join(f"-- {number} of 3 --\nThe cat{one}\n" for number, one in enumerate(answers, 1))
+    assert len(set(answers)) == 3
+    assert answers[0] == generate_text(folder, "The cat", CONFIG, device(), io.StringIO())
+
+
+def test_the_best_of_many_are_kept(folder):
+    many = answer_several(open_artifact(folder), "The cat", GenerationConfig(1.0, max_new_tokens=6, n=8))
+    best = answer_several(
+        open_artifact(folder), "The cat", GenerationConfig(1.0, max_new_tokens=6, n=2, best_of=8)
+    )
+
+    def mean(tokens):
+        return torch.tensor([token.probability for token in tokens]).log().mean()
+
+    assert best == sorted(many, key=mean, reverse=True)[:2]
+
+
+@pytest.mark.parametrize(
+    ("form", "holds"),
+    [
+        ("json", lambda text: isinstance(json.loads(text), dict)),
+        ("regex:[0-9]{3}猫", lambda text: text[3] == "猫" and int(text[:3]) >= 0),
+        ("choice:yes|no|perhaps", lambda text: text in ("yes", "no", "perhaps")),
+        ("schema:schema.json", lambda text: json.loads(text) in (1, "猫")),
+        ("grammar:rules.lark", lambda text: set(text) <= {"a", "b"}),
+    ],
+)
+def test_an_answer_has_the_form_that_was_asked_for(folder, form, holds, tmp_path, monkeypatch):
+    (tmp_path / "schema.json").write_text('{"enum": [1, "猫"]}', encoding="utf-8")
+    (tmp_path / "rules.lark").write_text('start: ("a" | "b"){1,5}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    # An untrained model closes no brace for a long time: a bias helps the open form to its end.
+    closing = (
+        {open_artifact(folder).tokenizer.encode(text)[0]: 6.0 for text in ('"', "}")}
+        if form == "json"
+        else {}
+    )
+    config = GenerationConfig(1.0, max_new_tokens=50, n=3, logit_bias=closing)
+    text, _ = answer(folder, config, form=form)
+    assert all(holds(one) for one in text.split("\n") if form != "json")
+    assert form != "json" or isinstance(
+        json.loads(
+            answer(folder, GenerationConfig(1.0, max_new_tokens=50, logit_bias=closing), form=form)[0]
+        ),
+        dict,
+    )
+
+
+def test_guesses_change_no_text(folder, tmp_path):
+    plain, _ = answer(folder)
+    assert answer(folder, draft="lookup")[0] == plain
+    assert answer(folder, draft=str(folder))[0] == plain
+    other = train_tokenizer(iter(["A dog and a hen. 鸡和狗。\n"] * 4), 270)
+    save_artifact(tmp_path / "other", Decoder(DecoderConfig(270, 16, 1, 2, 1, 8, 16, 64)), other)
+    with pytest.raises(InputError, match="another tokenizer"):
+        answer(folder, draft=str(tmp_path / "other"))
+
+
+def test_a_search_finds_likelier_texts_than_greedy(folder):
+    artifact, config = open_artifact(folder), GenerationConfig(max_new_tokens=8, n=3)
+    texts = search_texts(artifact, "The cat", config, 4)
+    assert len(set(texts)) == 3
+    assert answer(folder, config, beams=4)[0].split("\n-- ")[0].startswith(texts[0].split("\n")[0])
+    greedy = "".join(
+        token.text for token in continue_text(artifact, "The cat", GenerationConfig(0, max_new_tokens=8))
+    )
+    assert search_texts(artifact, "The cat", GenerationConfig(max_new_tokens=8), 1) == [greedy]
+    stopped = search_texts(artifact, "The cat", GenerationConfig(max_new_tokens=8, stop=(texts[0][1],)), 4)
+    assert stopped[0] == texts[0][: texts[0].index(texts[0][1])]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "xml"}, "is no form"),
+        ({"form": "json:x"}, "is no form"),
+        ({"form": "regex"}, "is no form"),
+        ({"form": "schema:nowhere.json"}, "cannot be read"),
+        ({"form": "regex:(a"}, "unclosed group"),
+        ({"draft": "nowhere"}, "no such model"),
+        ({"beams": 4, "form": "json"}, "neither a form nor guesses"),
+        ({"beams": 4, "draft": "lookup"}, "neither a form nor guesses"),
+        ({"beams": 65}, "beams is 65"),
+    ],
+)
+def test_options_that_cannot_be_met(folder, options, message):
+    with pytest.raises(InputError, match=message):
+        answer(folder, **options)
+
+
+def test_more_answers_than_beams(folder):
+    with pytest.raises(InputError, match="3 answers of 2 beams"):
+        answer(folder, GenerationConfig(n=3), beams=2)

@@ -137,23 +137,23 @@ def generate_text(
     Raises:
         InputError: the model cannot be opened, the prompt leaves no room in its context, or an option cannot be met.
     """
-    options, output = options or AnswerOptions(), output or sys.stdout
+    options, stream = options or AnswerOptions(), output or sys.stdout
     artifact = open_artifact(path, dtype=device.compute_dtype, device=device.torch_device)
     if options.beams:
         texts = search_texts(artifact, prompt, config, options.beams)
         return "\n".join(
-            write_stream([Token(0, text, 0.0, 0, 0.0)], _headed(prompt, number, len(texts)), output)
+            write_stream([Token(0, text, 0.0, 0, 0.0)], _headed(prompt, number, len(texts)), stream)
             for number, text in enumerate(texts, 1)
         )
     if max(config.n, config.best_of or 1) > 1:
         found = answer_several(artifact, prompt, config, options)
         return "\n".join(
-            write_stream(tokens, _headed(prompt, number, len(found)), output)
+            write_stream(tokens, _headed(prompt, number, len(found)), stream)
             for number, tokens in enumerate(found, 1)
         )
     [request] = _requests(artifact, prompt, config, options)
     engine = Engine(require_decoder(artifact), artifact.tokenizer, EngineSettings(max_batch=1))
-    return write_stream(engine.stream(request), prompt, output)
+    return write_stream(engine.stream(request), prompt, stream)
 
 
 def _headed(prompt: str, number: int, count: int) -> str:
@@ -183,9 +183,7 @@ def _requests(
     """One request per answer that has to be written."""
     ends = frozenset(end_tokens(artifact))
     constraint = open_form(options.form, artifact, ends) if options.form else None
-    draft = open_artifact(options.draft) if options.draft not in ("", "lookup") else None
-    if draft is not None:
-        _require_same_tokens(artifact, draft)
+    draft = _open_draft(options.draft, artifact) if options.draft not in ("", "lookup") else None
     worth, tokens = Worth(), tuple(artifact.tokenizer.prompt(prompt))
     return [
         Request(
@@ -195,7 +193,7 @@ def _requests(
             ends,
             constraint and constraint.fork(),
             propose=while_it_pays(_guesser(draft, artifact), worth) if options.draft else None,
-        )  # fmt: skip
+        )
         for one in expand(config)
     ]
 
@@ -206,14 +204,18 @@ def _guesser(draft: Artifact | None, artifact: Artifact) -> Propose:
     return DraftModel(require_decoder(draft), artifact.tokenizer.vocab_size)
 
 
-def _require_same_tokens(artifact: Artifact, draft: Artifact) -> None:
-    def spellings(one: Artifact) -> list[bytes]:
-        return [one.tokenizer.token_bytes(token) for token in range(one.tokenizer.vocab_size)]
-
-    if spellings(artifact) != spellings(draft):
+def _open_draft(path: str, artifact: Artifact) -> Artifact:
+    weight = require_decoder(artifact).output_weight
+    draft = open_artifact(path, dtype=weight.dtype, device=weight.device)
+    if _spellings(artifact) != _spellings(draft):
         raise InputError(
             "the draft model has another tokenizer", "--draft", "use one that was trained with the same"
         )
+    return draft
+
+
+def _spellings(artifact: Artifact) -> list[bytes]:
+    return [artifact.tokenizer.token_bytes(token) for token in range(artifact.tokenizer.vocab_size)]
 
 
 def open_form(form: str, artifact: Artifact, ends: Iterable[int]) -> Constraint:
@@ -254,6 +256,8 @@ def search_texts(artifact: Artifact, prompt: str, config: GenerationConfig, beam
     """
     model, tokenizer = require_decoder(artifact), artifact.tokenizer
     tokens = tokenizer.prompt(prompt) or [tokenizer.end_of_document]
+    if config.n > beams:
+        raise InputError(f"{config.n} answers of {beams} beams", "--n", "search with as many beams, or more")
     search = BeamConfig(beams, config.n, max_new_tokens=config.max_new_tokens)
     longest = min(len(tokens) + config.max_new_tokens, model.config.context_length)
     size = EngineSettings.block_size
