@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +135,21 @@ class Live:
         assert data.pop() == "[DONE]"
         return [json.loads(line) for line in data]
 
+    def wait(self, happened: Callable[[], object]) -> None:
+        """Until something has happened."""
+        end = time.monotonic() + 60
+        while not happened():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.005)
+
+    def lines(self, word: str) -> list[str]:
+        """The log's lines with a word, once there is one: a line is written after its answer was sent."""
+        self.wait(lambda: word in self.output.getvalue())
+        return [line for line in self.output.getvalue().splitlines() if word in line]
+
     def wait_idle(self) -> None:
         """Until nothing is under way."""
-        end = time.monotonic() + 60
-        while self.house.work or self.statistics.running or self.statistics.queued:
-            assert time.monotonic() < end, self.statistics
-            time.sleep(0.005)
+        self.wait(lambda: not (self.house.work or self.statistics.running or self.statistics.queued))
 
 
 @contextmanager

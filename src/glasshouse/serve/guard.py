@@ -192,7 +192,10 @@ class Guard:
             # A browser that opens the page asks for the key when it reads "Basic"; a program is told "Bearer".
             basic = not line.path.startswith("/v1")
             headers["www-authenticate"] = 'Basic realm="glasshouse"' if basic else "Bearer"
-        if error.code == "bad_framing":  # nobody knows where the next request would begin
+        if error.code in (
+            "bad_framing",
+            "header_too_large",
+        ):  # nobody knows where the next request would begin
             headers["connection"] = "close"
         raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
         with suppress(OSError):
