@@ -1,16 +1,19 @@
 """Small models of every layout, with weights at random, saved once."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from glasshouse.artifact import save_artifact
 from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.models.encoder import Encoder, EncoderConfig
 from glasshouse.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
+from glasshouse.text.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 TEXT = [
     "The cat sat on the mat. ",
@@ -43,6 +46,22 @@ CONFIGS = {
 
 OTHERS = {
     "modernbert": EncoderConfig(320, 64, 5, 4, 96, 256, local_window=4, global_every=2),
+    "bert": EncoderConfig(
+        300,
+        64,
+        3,
+        4,
+        96,
+        128,
+        position="learned",
+        local_window=None,
+        global_every=1,
+        token_types=2,
+        norm_place="after",
+        norm_epsilon=1e-12,
+        gated=False,
+        bias="all",
+    ),
     "t5": EncoderDecoderConfig(320, 32, 1, 1, 2, 16, 48, 128),
 }
 
@@ -63,12 +82,34 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def wordpiece(tmp_path_factory) -> Tokenizer:
+    """BERT's: lower case, WordPiece, [CLS] and [SEP]."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([*TEXT, *["привет мир cafe naive 12"] * 3], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    folder = tmp_path_factory.mktemp("wordpiece")
+    backend.save(str(folder / "tokenizer.json"))
+    roles = {f"{name.strip('[]').lower()}_token": name for name in special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    return open_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
 def configs() -> dict[str, DecoderConfig]:
     return CONFIGS
 
 
 @pytest.fixture(scope="session")
-def model_folder(tokenizer, tmp_path_factory) -> Callable[[str], Path]:
+def model_folder(tokenizer, wordpiece, tmp_path_factory) -> Callable[[str], Path]:
     """Gives the folder of a model of one of `CONFIGS` or `OTHERS`."""
     made: dict[str, Path] = {}
 
@@ -81,7 +122,7 @@ def model_folder(tokenizer, tmp_path_factory) -> Callable[[str], Path]:
                 model = (Encoder if isinstance(config, EncoderConfig) else EncoderDecoder)(config).eval()
             randomise(model)
             made[name] = tmp_path_factory.mktemp("models") / name.replace(" ", "-")
-            save_artifact(made[name], model, tokenizer)
+            save_artifact(made[name], model, wordpiece if name == "bert" else tokenizer)
         return made[name]
 
     return folder

@@ -185,14 +185,16 @@ def test_a_short_context_is_enough(tokenizer, tmp_path):
     assert record(folder)["replay"]["tokens"] <= 48
 
 
-def test_an_encoder_makes_vectors(model_folder, tmp_path, capsys):
-    folder = export_model(ExportSettings(str(model_folder("modernbert")), "gguf", "f32", tmp_path / "out"))
-    assert {path.name for path in folder.iterdir()} == {"modernbert.gguf", "export.json", "manifest.json"}
+@pytest.mark.parametrize("name", ["modernbert", "bert"])
+def test_an_encoder_makes_vectors(name, model_folder, tmp_path, capsys):
+    folder = export_model(ExportSettings(str(model_folder(name)), "gguf", "f32", tmp_path / "out"))
+    assert {path.name for path in folder.iterdir()} == {f"{name}.gguf", "export.json", "manifest.json"}
     replay = record(folder)["replay"]
     assert (replay["largest"], replay["divergence"]) == (0.0, None)
     shown = capsys.readouterr().out
     assert "vectors and scores: largest difference 0" in shown
     assert "the head is left out" in shown
+    assert ("combining marks" in shown) == (name == "bert")
 
 
 def test_an_encoder_decoder_has_no_gguf(model_folder, tmp_path, capsys):

@@ -29,7 +29,7 @@ def test_there_and_back(config):
         for part, piece in tensor.split(tensor.join(state), shapes).items():
             assert torch.equal(piece, state[part])
     fields = {"general.architecture": encoder_architecture(config), **encoder_fields(config)}
-    assert encoder_from_fields(fields, config.token_types) == config
+    assert encoder_from_fields(fields) == config
 
 
 def test_modern_bert_is_fused_in_order():

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from glasshouse.errors import InputError
-from glasshouse.export.gguf_tokenizer import CONTROL, NORMAL, USER_DEFINED, tokenizer_fields
+from glasshouse.export.gguf_tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, tokenizer_fields
 from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -72,10 +72,31 @@ def test_other_rules_are_refused(change, parts, tokenizer):
         tokenizer_fields(parts | change, tokenizer)
 
 
-@pytest.mark.parametrize("change", [{"byte_fallback": True}, {"type": "WordPiece"}, {"unk_token": "<unk>"}])
+@pytest.mark.parametrize("change", [{"byte_fallback": True}, {"unk_token": "<unk>"}])
 def test_other_models_are_refused(change, parts, tokenizer):
     with pytest.raises(InputError, match="no plain byte-level BPE"):
         tokenizer_fields(parts | {"model": parts["model"] | change}, tokenizer)
+
+
+def test_wordpiece(wordpiece, tmp_path):
+    wordpiece.save(tmp_path)
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields = tokenizer_fields(parts, wordpiece)
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert fields["tokenizer.ggml.model"] == "bert"
+    assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert fields["tokenizer.ggml.token_type"][:6] == [CONTROL, UNKNOWN, CONTROL, CONTROL, CONTROL, NORMAL]
+    [cat] = wordpiece.encode("cat")
+    assert tokens[cat] == "\u2581cat"
+    inside = parts["model"]["vocab"]["##a"]
+    assert tokens[inside] == "a"
+    assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.seperator_token_id"]) == (2, 3)
+    for change in ({"lowercase": False}, {"strip_accents": False}, {"handle_chinese_chars": False}):
+        other = parts | {"normalizer": parts["normalizer"] | change}
+        with pytest.raises(InputError, match="read text differently"):
+            tokenizer_fields(other, wordpiece)
+    with pytest.raises(InputError, match="read text differently"):
+        tokenizer_fields(parts | {"pre_tokenizer": {"type": "Whitespace"}}, wordpiece)
 
 
 def test_an_unknown_pattern_is_refused(parts, tokenizer):

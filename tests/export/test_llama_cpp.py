@@ -150,6 +150,20 @@ def test_an_encoder_makes_the_same_vectors(llama_cpp, model_folder, tokenizer, t
         assert torch.cosine_similarity(other, theirs, dim=0) < 0.9999  # without the token that begins a text
 
 
+def test_bert_reads_the_same_pieces_and_makes_the_same_vectors(llama_cpp, model_folder, wordpiece, tmp_path):
+    artifact = open_artifact(model_folder("bert"))
+    save_gguf(tmp_path / "model.gguf", artifact, "bert", "f32")
+    texts = ["The cat sat on the MAT. " * 3, "It's 2026, café É naïve ä", "猫坐在垫子上。 Привет, мир!",
+             "👩‍👩‍👧 xyzzy qqq", "  two\t\n x=return(x) [MASK] "]  # fmt: skip
+    [answer] = llama_cpp([{"file": str(tmp_path / "model.gguf"), "texts": texts, "embed": texts}])
+    assert answer["tokens"] == [wordpiece.encode(text) for text in texts]
+    for text, vector in zip(texts, answer["vectors"], strict=True):
+        tokens = [wordpiece.start, *wordpiece.encode(text), wordpiece.end_of_document]
+        with torch.no_grad():
+            ours = artifact.model(torch.tensor([tokens]))[0].mean(0)
+        assert torch.cosine_similarity(ours, torch.tensor(vector), dim=0) > 0.9999
+
+
 @pytest.mark.parametrize(("layout", "kind"), [case for case in CASES if case[1].startswith("q")])
 def test_quantized_files_say_nearly_the_same(layout, kind, answers, model_folder, tokenizer):
     """llama.cpp rounds the activations too: near, not equal. Weights drawn at random suffer most from rounding."""

@@ -28,7 +28,7 @@ from glasshouse.export.gguf_model import (
     readable_context,
     save_gguf,
 )
-from glasshouse.export.gguf_tokenizer import composes_only
+from glasshouse.export.gguf_tokenizer import tokenizer_remarks
 from glasshouse.export.modelfile import modelfile
 from glasshouse.export.onnx_model import save_graphs
 from glasshouse.export.onnx_session import ExportedModel
@@ -155,10 +155,7 @@ def _export_gguf(
     comparison = compare_rows(texts, expected, lambda tokens: read_rows(exported, tokens), spelled)
     entries = plan_tensors(model, tokenizer.vocab_size, number_format)
     remarks = comparison.lines("the file as read back, in float32")
-    if composes_only(read_json(artifact.path / "tokenizer.json")):
-        remarks.append(
-            "llama.cpp does not compose characters (NFC) as this tokenizer does: compose a text beforehand"
-        )
+    remarks += tokenizer_remarks(read_json(artifact.path / "tokenizer.json"))
     return comparison, [*remarks, *gguf_remarks(artifact.model, number_format, entries)]
 
 

@@ -14,6 +14,7 @@ from glasshouse.export.gguf_decoder import Laid
 from glasshouse.models.encoder import EncoderConfig, HeadConfig
 
 MEAN_POOLING = 1
+TYPE_COUNT = "tokenizer.ggml.token_type_count"
 MODULES = {  # several modules with one name in the file are stored as one, in this order
     "modern-bert": {
         "embedding": "token_embd",
@@ -97,7 +98,8 @@ def encoder_fields(config: EncoderConfig) -> dict[str, Any]:
             "rope.freq_base_swa": config.local_rope_theta,
             "rope.scaling.type": "none",
         }
-    return {f"{architecture}.{name}": value for name, value in fields.items()}
+    named = {f"{architecture}.{name}": value for name, value in fields.items()}
+    return named if architecture == "modern-bert" else named | {TYPE_COUNT: config.token_types}
 
 
 def encoder_tensors(config: EncoderConfig, names: Iterable[str]) -> dict[str, Laid]:
@@ -116,13 +118,8 @@ def encoder_tensors(config: EncoderConfig, names: Iterable[str]) -> dict[str, La
     return {stored: Laid(tuple(name for _, name in sorted(found))) for stored, found in parts.items()}
 
 
-def encoder_from_fields(fields: Mapping[str, Any], token_types: int) -> EncoderConfig:
-    """The shape that a file describes, read from the file alone: the inverse of `encoder_fields`.
-
-    Args:
-        fields: every field, as read.
-        token_types: rows of the tensor of token types; 0 where there is none.
-    """
+def encoder_from_fields(fields: Mapping[str, Any]) -> EncoderConfig:
+    """The shape that a file describes, read from its fields alone: the inverse of `encoder_fields`."""
     architecture = fields["general.architecture"]
     shape = {
         name.removeprefix(f"{architecture}."): value
@@ -142,7 +139,7 @@ def encoder_from_fields(fields: Mapping[str, Any], token_types: int) -> EncoderC
         local_rope_theta=shape.get("rope.freq_base_swa", 10_000.0),
         local_window=shape["attention.sliding_window"] // 2 if modern else None,
         global_every=shape.get("attention.sliding_window_pattern", 1),
-        token_types=token_types,
+        token_types=fields.get(TYPE_COUNT, 0),
         norm_place="before" if modern else "after",
         norm_epsilon=shape["attention.layer_norm_epsilon"],
         gated=modern,

@@ -151,10 +151,6 @@ class GGUFFile:
         fields = self._reader.fields
         return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
 
-    def rows(self, name: str) -> int:
-        """Rows of a matrix; 0 where there is no such tensor."""
-        return int(self._tensors[name].shape[-1]) if name in self._tensors else 0
-
     def digest(self, name: str) -> str:
         """The SHA-256 of a tensor's bytes."""
         return hashlib.sha256(np.ascontiguousarray(self._tensors[name].data).data).hexdigest()

@@ -127,7 +127,8 @@ def plan_tensors(model: Exportable, tokens: int, number_format: str) -> dict[str
     for name, laid in _laid_tensors(model.config, tensors).items():
         rows = sum(tensors[part].shape[0] for part in laid.parts)
         shape = (rows, *tensors[laid.parts[0]].shape[1:])
-        kept = number_format_for(number_format, shape, head in laid.parts)
+        added = {"position_embedding.weight", "token_type_embedding.weight"} & set(laid.parts)
+        kept = "f32" if added else number_format_for(number_format, shape, head in laid.parts)
         entries[name] = Entry(shape, kept, lambda laid=laid: laid.join(tensors))
     factors = rope_factors(model.config) if isinstance(model, Decoder) else None
     if factors is not None:
@@ -163,7 +164,7 @@ def open_gguf(path: Path, scaling: Mapping[str, Any] | None) -> Exportable:
 def _read_shape(file: GGUFFile, scaling: Mapping[str, Any] | None) -> DecoderConfig | EncoderConfig:
     fields = file.fields()
     if fields["general.architecture"] in ("modern-bert", "bert"):
-        return encoder_from_fields(fields, file.rows("token_types.weight"))
+        return encoder_from_fields(fields)
     config = config_from_fields(fields, [name for name in file.names if name != ROPE_FACTORS])
     return replace(config, rope_scaling=scaling) if ROPE_FACTORS in file.names else config
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as the fields of a GGUF file.
+"""A tokenizer as the fields of a GGUF file: byte-level BPE, and the lower-casing WordPiece of BERT.
 
 llama.cpp cannot read a tokenizer's split pattern: it knows a list of them by name, and its own converter recognises one
 by the ids of a probe text, which no freshly trained tokenizer matches. So the name is found here from the pattern
@@ -23,7 +23,20 @@ PATTERNS = {
 MERGES_ONLY = {"llama-bpe": "dbrx"}
 """The name of the same pattern where a word that is a token is still made from merges, not looked up whole."""
 LOOKED_UP = {"llama-bpe"}
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+WORD_START, WORD_INSIDE = "\u2581", "##"
+"""How llama.cpp marks a piece that begins a word, and BERT one that does not."""
+WORDPIECE = {
+    "normalizer": {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "lowercase": True,
+    },
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "model": {"type": "WordPiece", "continuing_subword_prefix": WORD_INSIDE},
+}
+"""The only WordPiece that llama.cpp computes: accents are taken off, too."""
 WHERE = "tokenizer.json"
 ELSEWHERE = "serve this model with glasshouse, or convert it with llama.cpp's own converter"
 
@@ -38,6 +51,8 @@ def tokenizer_fields(parts: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
     Raises:
         InputError: llama.cpp would split or join text in another way.
     """
+    if parts["model"].get("type") == "WordPiece":
+        return _wordpiece_fields(parts, tokenizer)
     pattern = _pattern_name(parts)
     tokens, kinds = _vocabulary(parts)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
@@ -55,12 +70,60 @@ def tokenizer_fields(parts: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str
     return fields
 
 
+def _wordpiece_fields(parts: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    for name, wanted in WORDPIECE.items():
+        given = parts.get(name) or {}
+        if any(given.get(key) != value for key, value in wanted.items()):
+            raise _refuse(f"its {name} is not that of BERT's lower-casing WordPiece")
+    around = tokenizer.prompt("")
+    unknown = parts["model"]["vocab"].get(parts["model"].get("unk_token"))
+    if len(around) != 2 or unknown is None or (parts["normalizer"].get("strip_accents") is False):
+        raise _refuse("it keeps accents, or puts other tokens around a text than one before and one after")
+    tokens, kinds = _vocabulary(parts)
+    kinds[unknown] = UNKNOWN
+    marked = [
+        token
+        if kind != NORMAL
+        else token.removeprefix(WORD_INSIDE)
+        if token.startswith(WORD_INSIDE)
+        else WORD_START + token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    fields: dict[str, Any] = {
+        "model": "bert",
+        "pre": "default",
+        "tokens": marked,
+        "token_type": kinds,
+        "bos_token_id": around[0],
+        "eos_token_id": around[1],
+        "seperator_token_id": around[1],  # so spelled in GGUF
+        "unknown_token_id": unknown,
+        "padding_token_id": tokenizer.pad,
+    }
+    if tokenizer.mask is not None:
+        fields["mask_token_id"] = tokenizer.mask
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+
 def composes_only(parts: Mapping[str, Any]) -> bool:
     """Whether all that the tokenizer changes in a text is to compose its characters (NFC), as Qwen's do.
 
     llama.cpp does not, and so reads the rare text that is not composed already in another way.
     """
     return (parts.get("normalizer") or {}).get("type") == "NFC"
+
+
+def tokenizer_remarks(parts: Mapping[str, Any]) -> list[str]:
+    """In what rare text llama.cpp reads otherwise, although it knows the tokenizer's rules by name."""
+    if composes_only(parts):
+        return [
+            "llama.cpp does not compose characters (NFC) as this tokenizer does: compose a text beforehand"
+        ]
+    if parts["model"].get("type") == "WordPiece":
+        return [
+            "llama.cpp reads some combining marks (of Devanagari, for one) otherwise than BERT's WordPiece"
+        ]
+    return []
 
 
 def _special_fields(tokenizer: Tokenizer) -> dict[str, Any]:
