@@ -35,7 +35,7 @@ GENERATE_HELP = {
 }
 EXPORT_HELP = {
     "MODEL": "a run, a model folder, or a folder in Hugging Face layout",
-    "to FORMAT": "gguf (llama.cpp, Ollama) or onnx",
+    "to FORMAT": "gguf (llama.cpp, Ollama), onnx, or int8 or int4: a model folder of smaller weights",
     "type TYPE": "of a GGUF file's weights: f16 (the default), q8_0, q4_0, bf16 or f32",
     "out FOLDER": "the folder to make; exports/NAME-FORMAT by default",
     "limit SHARE": "how far logits may typically move, as a share of their spread; each type has its own",

@@ -54,17 +54,15 @@ def test_read_back_it_is_the_same_model(layout, model_folder, tmp_path, capsys):
     assert ("cut from 256 to the sliding window of 48" in shown) == (layout == "mistral")
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
-def test_rounded_weights_are_near_and_smaller(kind, model_folder, tmp_path, capsys):
+def test_rounded_weights_are_near_and_smaller(model_folder, tmp_path, capsys):
     sizes, typical = {}, {}
-    for name in (kind, "f32"):
-        settings = ExportSettings(str(model_folder("qwen3")), "gguf", name, tmp_path / name)
-        folder = export_model(settings)
-        sizes[name] = (folder / "qwen3.gguf").stat().st_size
-        typical[name] = record(folder)["replay"]["typical"]
-    assert sizes[kind] < 0.75 * sizes["f32"]
-    assert typical["f32"] == 0 < typical[kind]
-    assert ("1 matrix kept in q8_0" in capsys.readouterr().out) == (kind == "q4_0")
+    for kind in ("f32", "f16", "bf16", "q8_0", "q4_0"):
+        folder = export_model(ExportSettings(str(model_folder("qwen3")), "gguf", kind, tmp_path / kind))
+        sizes[kind] = (folder / "qwen3.gguf").stat().st_size
+        typical[kind] = record(folder)["replay"]["typical"]
+        assert ("1 matrix kept in q8_0" in capsys.readouterr().out) == (kind == "q4_0")
+    assert sizes["q4_0"] < sizes["q8_0"] < sizes["f16"] == sizes["bf16"] < 0.75 * sizes["f32"]
+    assert 0 == typical["f32"] < typical["f16"] < typical["bf16"] < typical["q8_0"] < typical["q4_0"]
 
 
 def test_the_command(model_folder, tmp_path, monkeypatch, capsys):
@@ -92,7 +90,9 @@ def test_a_pretrained_run_gets_no_chat_template(stage, template, model_folder, t
 
 def test_refusals_of_the_command(model_folder, tmp_path, capsys):
     model, out = model_folder("qwen3"), tmp_path / "out"
-    assert "choose one of gguf, onnx" in refused(capsys, "export", model, "--to", "h5", "--out", out)
+    assert "choose one of gguf, onnx, int8, int4" in refused(
+        capsys, "export", model, "--to", "h5", "--out", out
+    )
     assert "--to" in refused(capsys, "export", model, "--out", out)
     assert "q8_0" in refused(capsys, "export", model, "--to", "gguf", "--type", "int8", "--out", out)
     assert "--limit" in refused(capsys, "export", model, "--to", "gguf", "--limit", "far", "--out", out)
@@ -111,6 +111,10 @@ def test_what_is_in_the_way_stays(model_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     refused(capsys, "export", model_folder("qwen3"), "--to", "gguf", "--out", tmp_path / "file")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
+    made = export_model(ExportSettings(str(model_folder("qwen3")), "gguf", "f16", tmp_path / "made"))
+    (made / "notes.txt").write_text("mine")
+    refused(capsys, "export", model_folder("qwen3"), "--to", "gguf", "--out", made)
+    assert (made / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert (
         cli.main(["export", str(model_folder("qwen3")), "--to", "gguf", "--out", str(tmp_path / "empty")])
@@ -211,6 +215,29 @@ def test_a_tokenizer_that_composes_is_mentioned(model_folder, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
     export_model(ExportSettings(str(tmp_path / "model"), "gguf", "f16", tmp_path / "out"))
     assert "(NFC)" in capsys.readouterr().out
+
+
+# ---- weights of few bits
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_folder_of_few_bits(kind, model_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["export", str(model_folder("qwen3")), "--to", kind, "--out", str(out)]) == 0
+    assert "through the folder as opened again" in capsys.readouterr().out
+    artifact = open_artifact(out)  # the manifest holds, with the record in it
+    assert artifact.verified
+    assert record(out)["type"] == kind
+    assert 0 < record(out)["replay"]["typical"] < (0.2 if kind == "int8" else 1.0)
+    source = open_artifact(model_folder("qwen3")).model
+    weights = (out / "model.safetensors").stat().st_size
+    assert weights < 0.8 * (model_folder("qwen3") / "model.safetensors").stat().st_size
+    tokens = list(range(30))
+    assert not torch.equal(read_rows(artifact.model, tokens), read_rows(source, tokens))
+    for to in ("gguf", "onnx", "int8"):
+        message = refused(capsys, "export", out, "--to", to, "--out", tmp_path / "again")
+        assert "few bits already" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ---- ONNX

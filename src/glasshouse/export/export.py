@@ -40,14 +40,24 @@ from glasshouse.export.replay import (
     replayed_texts,
     require_close,
 )
-from glasshouse.files import atomic_folder, read_json, recover_folder, require_free, write_atomic, write_json
+from glasshouse.files import (
+    MANIFEST,
+    atomic_folder,
+    read_json,
+    recover_folder,
+    require_free,
+    write_atomic,
+    write_json,
+)
+from glasshouse.inference.quantization import KINDS, save_quantized
 from glasshouse.models.decoder import Decoder
+from glasshouse.models.layers import QuantizedLinear
 
-FORMATS = ("gguf", "onnx")
+FORMATS = ("gguf", "onnx", *KINDS)
 RECORD = "export.json"
 BESIDE = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 """Files of the model that lie beside its graphs."""
-LIMITS = {"f32": 1e-5, "f16": 0.01, "bf16": 0.1, "q8_0": 0.2, "q4_0": 1.0}
+LIMITS = {"f32": 1e-5, "f16": 0.01, "bf16": 0.1, "q8_0": 0.2, "q4_0": 1.0, "int8": 0.2, "int4": 1.0}
 """The typical logit difference allowed, as a share of the logits' spread, by number format: wide enough for weights
 drawn at random, which rounding hurts most; two models that have nothing to do with each other are 1.4 apart."""
 
@@ -58,7 +68,7 @@ class ExportSettings:
 
     Args:
         model: a run, a model folder, or a folder in Hugging Face layout.
-        to: "gguf" or "onnx".
+        to: "gguf", "onnx", "int8" or "int4"; the last two are model folders of weights with few bits.
         number_format: of the matrices in a GGUF file; empty for float16. ONNX is float32.
         out: the folder to make; None for exports/NAME-FORMAT.
         limit: the typical logit difference allowed, as a share of the logits' spread; None for the format's own.
@@ -82,19 +92,22 @@ def export_model(settings: ExportSettings) -> Path:
     """
     number_format = _checked_format(settings)
     artifact = open_artifact(settings.model)
+    _refuse_quantized(artifact)
     name = _name(settings.model, artifact)
     label = f"{settings.to}-{number_format}" if settings.to == "gguf" else settings.to
     folder = settings.out or Path("exports") / f"{name}-{label}"
     _refuse_occupied(folder)
     recover_folder(folder)
     weights = sum(tensor.numel() for tensor in artifact.model.state_dict().values())
-    require_free(folder, int(weights * BITS[number_format] / 8) + 2**20)
+    require_free(folder, int(weights * BITS.get(number_format, 16.0) / 8) + 2**20)
     limit = LIMITS[number_format] if settings.limit is None else settings.limit
     with atomic_folder(folder) as temporary:
         if settings.to == "gguf":
             comparison, remarks = _export_gguf(temporary, settings, artifact, name, number_format)
-        else:
+        elif settings.to == "onnx":
             comparison, remarks = _export_onnx(temporary, settings)
+        else:
+            comparison, remarks = _export_quantized(temporary, settings, artifact)
         require_close(comparison, limit, f"the {label} export")
         facts = {"format": 1, "to": settings.to, "type": number_format, "model": settings.model}
         facts |= {"digest": artifact.digest, "limit": limit, "replay": comparison.facts()}
@@ -106,8 +119,8 @@ def export_model(settings: ExportSettings) -> Path:
 def _checked_format(settings: ExportSettings) -> str:
     if settings.to not in FORMATS:
         raise InputError(f"unknown format {settings.to!r}", "--to", f"choose one of {', '.join(FORMATS)}")
-    number_format = settings.number_format or ("f16" if settings.to == "gguf" else "f32")
-    known = NUMBER_FORMATS if settings.to == "gguf" else ("f32",)
+    known = {"gguf": NUMBER_FORMATS, "onnx": ("f32",)}.get(settings.to, (settings.to,))
+    number_format = settings.number_format or ("f16" if settings.to == "gguf" else known[0])
     if number_format not in known:
         raise InputError(
             f"unknown type {number_format!r} for {settings.to}", "--type", f"choose one of {', '.join(known)}"
@@ -127,8 +140,20 @@ def _name(model: str, artifact: Artifact) -> str:
 def _refuse_occupied(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    if folder.exists() and not (folder / RECORD).is_file():
+    if not folder.exists():
+        return
+    made = (folder / RECORD).is_file() and read_json(folder / MANIFEST).get("files", {})
+    if not made or {path.name for path in folder.iterdir()} - set(made) - {MANIFEST}:
         raise InputError("something else is there", str(folder), "choose another --out")
+
+
+def _refuse_quantized(artifact: Artifact) -> None:
+    if any(isinstance(layer, QuantizedLinear) for layer in artifact.model.modules()):
+        raise InputError(
+            "the model's weights have few bits already",
+            str(artifact.path),
+            "export the model it was made from",
+        )
 
 
 def _converses(artifact: Artifact) -> bool:
@@ -171,6 +196,25 @@ def _export_onnx(folder: Path, settings: ExportSettings) -> tuple[Comparison, li
     tokenizer = artifact.tokenizer if predicts_tokens(artifact.model) else None
     comparison = compare_rows(texts, expected, ExportedModel(folder).rows, tokenizer)
     return comparison, comparison.lines("onnxruntime")
+
+
+def _export_quantized(
+    folder: Path, settings: ExportSettings, artifact: Artifact
+) -> tuple[Comparison, list[str]]:
+    """Write a model folder with weights of few bits; say how far it is from the model when it is opened."""
+    saved = folder / "saved"
+    save_quantized(saved, artifact, settings.to)
+    (saved / MANIFEST).unlink()  # the export has one of its own, with its record in it
+    for path in saved.iterdir():
+        path.rename(folder / path.name)
+    saved.rmdir()
+    source = open_artifact(settings.model, dtype=torch.float32, verify=False)
+    texts = replayed_texts(source, source.config.context_length)
+    expected = [read_rows(source.model, tokens) for tokens in texts]
+    exported = open_artifact(folder, dtype=torch.float32, verify=False).model
+    tokenizer = source.tokenizer if predicts_tokens(source.model) else None
+    comparison = compare_rows(texts, expected, lambda tokens: read_rows(exported, tokens), tokenizer)
+    return comparison, comparison.lines("the folder as opened again")
 
 
 def _model_says(path: str, context: int) -> tuple[list[list[int]], list[Tensor]]:
