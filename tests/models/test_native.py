@@ -1,11 +1,13 @@
 """The C++ kernels against plain PyTorch: every format, odd sizes, rows alone and together, any number of threads."""
 
+import copy
 import itertools
 import math
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,14 @@ from torch.nn import functional
 from glasshouse.models import native
 from glasshouse.models.layers import (
     CODE_GROUP,
+    FeedForward,
     QuantizedLinear,
-    RootMeanSquareNorm,
     rotary_frequencies,
     rotary_table,
     rotate,
+    swap_linears,
 )
-from glasshouse.models.native import HeadNorms, Weight
+from glasshouse.models.native import HeadNorms, Matrices, Weight
 
 needs_native = pytest.mark.skipif(
     not native.cpu_features() >= native.CPU_FEATURES or not native.build_command(),
@@ -48,6 +51,10 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, factor: fl
     assert error <= factor * TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
+def multiply(hidden: Tensor, weights: Sequence[Weight], activation: str = "") -> Tensor:
+    return native.linear(hidden, Matrices(weights, hidden.dtype, activation))
+
+
 def rounded_activations(hidden: Tensor, bits: int) -> Tensor:
     """What the kernels make of activations: multiples of each group's largest / 127."""
     width = hidden.shape[-1]
@@ -70,7 +77,7 @@ def test_plain_linear(dtype: torch.dtype, width: int, outputs: int):
     for rows in (1, 2, 5, 6, 7, 13, 32, 33):
         hidden = random(rows, width, dtype=dtype, seed=rows)
         for added in (None, bias):
-            found = native.linear(hidden, (Weight(weight, None, added, outputs, 0),))
+            found = multiply(hidden, (Weight(weight, None, added, outputs, width, 0),))
             expected = functional.linear(
                 hidden.double(), weight.double(), None if added is None else added.double()
             )
@@ -87,7 +94,7 @@ def test_quantized_linear(dtype: torch.dtype, bits: int, width: int, outputs: in
     for rows in (1, 2, 5, 6, 7, 33):
         hidden = random(rows, width, dtype=dtype, seed=rows)
         exact = rounded_activations(hidden, bits) @ layer.weight.double().T + bias.double()
-        assert_close(native.linear(hidden, (layer.native_weight(),)), exact, dtype)
+        assert_close(multiply(hidden, (layer.native_weight(),)), exact, dtype)
         # Rounding activations costs little: 0.5 / 127 of a group's largest, at most, each time.
         plain = hidden.double() @ layer.weight.double().T + bias.double()
         assert (exact - plain).norm() <= 0.02 * plain.norm() + 1e-9
@@ -102,28 +109,28 @@ def test_three_matrices_at_once_and_the_gate(bits: int, dtype: torch.dtype):
         weight_of(random(size, width, seed=size), random(size, seed=1), bits, dtype) for size in sizes
     ]
     hidden = random(3, 4, width, dtype=dtype)
-    together = native.linear(hidden, matrices)
+    together = multiply(hidden, matrices)
     assert together.shape == (3, 4, sum(sizes))
-    assert torch.equal(together, torch.cat([native.linear(hidden, (matrix,)) for matrix in matrices], -1))
+    assert torch.equal(together, torch.cat([multiply(hidden, (matrix,)) for matrix in matrices], -1))
 
     gate, up = (
         weight_of(random(72, width, seed=seed), random(72, seed=7), bits, torch.float32) for seed in (3, 4)
     )
     hidden = hidden.float()
-    gated, upped = (native.linear(hidden, (matrix,)).double() for matrix in (gate, up))
+    gated, upped = (multiply(hidden, (matrix,)).double() for matrix in (gate, up))
     activations = {
         "silu": functional.silu(gated), "relu": gated.relu(), "gelu_tanh": functional.gelu(gated, approximate="tanh"),
     }  # fmt: skip
     assert set(activations) | {""} == set(native.ACTIVATIONS)
     for name, activated in activations.items():
-        assert_close(native.linear(hidden, (gate, up), name), activated * upped, torch.float32, 2)
-        assert_close(native.linear(hidden, (gate,), name), activated, torch.float32, 2)
+        assert_close(multiply(hidden, (gate, up), name), activated * upped, torch.float32, 2)
+        assert_close(multiply(hidden, (gate,), name), activated, torch.float32, 2)
 
 
 def weight_of(matrix: Tensor, bias: Tensor, bits: int, dtype: torch.dtype) -> Weight:
     if bits:
         return QuantizedLinear.from_linear(matrix, bias.to(dtype), bits).native_weight()
-    return Weight(matrix.to(dtype), None, bias.to(dtype), len(matrix), 0)
+    return Weight(matrix.to(dtype), None, bias.to(dtype), *matrix.shape, 0)
 
 
 @needs_native
@@ -132,9 +139,9 @@ def weight_of(matrix: Tensor, bias: Tensor, bits: int, dtype: torch.dtype) -> We
 def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, dtype: torch.dtype):
     matrix = weight_of(random(75, 200), random(75), bits, dtype)
     hidden = random(33, 200, dtype=dtype)
-    alone = torch.cat([native.linear(hidden[row : row + 1], (matrix,)) for row in range(33)])
+    alone = torch.cat([multiply(hidden[row : row + 1], (matrix,)) for row in range(33)])
     for rows in (*range(1, 34),):
-        assert torch.equal(native.linear(hidden[:rows].contiguous(), (matrix,)), alone[:rows])
+        assert torch.equal(multiply(hidden[:rows].contiguous(), (matrix,)), alone[:rows])
 
 
 @needs_native
@@ -145,7 +152,7 @@ def test_the_same_numbers_for_any_number_of_threads(bits: int):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(native.linear(hidden, (matrix,)))
+            found.append(multiply(hidden, (matrix,)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
@@ -168,10 +175,10 @@ def test_what_is_not_finite_is_not_hidden(bits: int, bad: float):
     matrix = weight_of(random(40, 128), random(40), bits, torch.float32)
     hidden = random(2, 128)
     hidden[1, 77] = bad
-    found = native.linear(hidden, (matrix,))
+    found = multiply(hidden, (matrix,))
     assert found[0].isfinite().all()
     assert not found[1].isfinite().any()
-    gated = native.linear(hidden, (matrix, matrix), "silu")
+    gated = multiply(hidden, (matrix, matrix), "silu")
     assert not gated[1].isfinite().any()
 
 
@@ -179,21 +186,21 @@ def test_what_is_not_finite_is_not_hidden(bits: int, bad: float):
 def test_misuse_is_refused():
     matrix = weight_of(random(40, 64), random(40), 8, torch.float32)
     with pytest.raises(ValueError, match="contiguous"):
-        native.linear(random(64, 3).T, (matrix,))
+        multiply(random(64, 3).T, (matrix,))
     with pytest.raises(ValueError, match="fit"):
-        native.linear(random(3, 200), (matrix,))
+        multiply(random(3, 200), (matrix,))
     with pytest.raises(ValueError, match="fit"):
-        native.linear(random(3, 64), (Weight(random(40, 65), None, None, 40, 0),))
-    with pytest.raises(ValueError, match="fit"):
-        native.linear(random(3, 64), (Weight(random(40, 64).double(), None, None, 40, 0),))
+        multiply(random(3, 64), (Weight(random(40, 65), None, None, 40, 64, 0),))
+    with pytest.raises(ValueError, match="format"):
+        multiply(random(3, 64), (Weight(random(40, 64).double(), None, None, 40, 64, 0),))
     with pytest.raises(ValueError, match="kind"):
-        native.linear(random(3, 64), (matrix, Weight(random(40, 64), None, None, 40, 0)))
+        multiply(random(3, 64), (matrix, Weight(random(40, 64), None, None, 40, 64, 0)))
     with pytest.raises(ValueError, match="bias"):
-        native.linear(random(3, 64).bfloat16(), (matrix,))
+        multiply(random(3, 64).bfloat16(), (matrix,))
+    with pytest.raises(ValueError, match="three"):
+        multiply(random(3, 64), (matrix,) * 4)
     with pytest.raises(ValueError, match="one size"):
-        native.linear(
-            random(3, 64), (matrix, weight_of(random(41, 64), random(41), 8, torch.float32)), "silu"
-        )
+        multiply(random(3, 64), (matrix, weight_of(random(41, 64), random(41), 8, torch.float32)), "silu")
 
 
 # ---- norm, rotation, attention
@@ -213,26 +220,93 @@ def test_norm(dtype: torch.dtype, width: int):
 @pytest.mark.parametrize("width", [2, 20, 64])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_turn(dtype: torch.dtype, width: int, normed: bool, rows: int):
-    heads = random(3, 5, (4 + 2 + 2) * width, dtype=dtype)
+def test_heads(dtype: torch.dtype, width: int, normed: bool, rows: int):
+    hidden = random(3, 5, 40, dtype=dtype)
+    weights = [
+        Weight(random(count * width, 40, dtype=dtype, seed=count), None, None, count * width, 40, 0)
+        for count in (4, 2, 2)
+    ]
     positions = torch.arange(rows * 5).view(rows, 5)
     table = rotary_table(positions, rotary_frequencies(width, 10000.0, None), dtype)
-    layers = [RootMeanSquareNorm(width, 1e-6) for _ in range(2)]
-    for seed, layer in enumerate(layers):
-        layer.weight.data = random(width, dtype=dtype, seed=seed)
-    expected = heads.double().unflatten(-1, (8, width)).transpose(1, 2)
+    norms = HeadNorms(random(width, dtype=dtype, seed=1), random(width, dtype=dtype, seed=2), 1e-6)
+    expected = multiply(hidden, weights).double().unflatten(-1, (8, width)).transpose(1, 2)
     query, key, rest = expected.split([4, 2, 2], dim=1)
     if normed:
         query, key = (
-            functional.rms_norm(part, (width,), layer.weight.double(), 1e-6)
-            for part, layer in zip((query, key), layers, strict=True)
+            functional.rms_norm(part, (width,), weight.double(), 1e-6)
+            for part, weight in zip((query, key), norms[:2], strict=True)
         )
     doubled = (table[0].double(), table[1].double())
-    expected = torch.cat([rotate(query, doubled), rotate(key, doubled), rest], 1).transpose(1, 2).flatten(2)
-    native.turn(
-        heads, 4, 6, HeadNorms(layers[0].weight, layers[1].weight, 1e-6) if normed else None, table, width
+    expected = torch.cat([rotate(query, doubled), rotate(key, doubled), rest], 1).transpose(1, 2)
+    found = native.heads(hidden, Matrices(weights, dtype), (4, 2), norms if normed else None, table)
+    assert_close(found, expected, dtype, 2 if normed else 1)  # bfloat16 between norm and rotation
+    plain = native.heads(hidden, Matrices(weights, dtype), (4, 2), None, None)
+    assert torch.equal(plain.flatten(2), multiply(hidden, weights))
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feed_forward(bits: int, dtype: torch.dtype):
+    gate, up = (weight_of(random(72, 50, seed=seed), random(72, seed=7), bits, dtype) for seed in (3, 4))
+    down = weight_of(random(33, 72, seed=5), random(33, seed=6), bits, dtype)
+    hidden = random(2, 9, 50, dtype=dtype)
+    for weights, activation in (((gate, up), "silu"), ((up,), "gelu_tanh")):
+        found = native.feed_forward(hidden, Matrices(weights, dtype, activation), Matrices((down,), dtype))
+        assert torch.equal(found, multiply(multiply(hidden, weights, activation), (down,)))
+
+
+def tiny_layers() -> Iterator[FeedForward]:
+    yield FeedForward(32, 64, "silu", True, False)
+    quantized = FeedForward(32, 64, "silu", True, True)
+    swap_linears(quantized, lambda layer: QuantizedLinear.from_linear(layer.weight, layer.bias, 8))
+    yield quantized
+
+
+@needs_native
+@torch.inference_mode(False)
+def test_weights_that_are_replaced_moved_or_changed_are_seen():
+    for layer in tiny_layers():
+        hidden = random(3, 32)
+        with torch.no_grad():
+            before = layer(hidden)
+            twin = copy.deepcopy(layer)
+            assert torch.equal(pickle.loads(pickle.dumps(layer))(hidden), before)
+            for tensor in (*twin.parameters(), *twin.buffers()):
+                if tensor.is_floating_point():
+                    tensor.mul_(2)
+            changed = twin(hidden)
+            assert not torch.equal(changed, before)
+            assert torch.equal(layer(hidden), before)
+            layer.load_state_dict(twin.state_dict())
+            assert torch.equal(layer(hidden), changed)
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                tensor.data = tensor.data.clone()
+            assert torch.equal(layer(hidden), changed)
+            layer.down = FeedForward(32, 64, "silu", True, False).down
+            assert not torch.equal(layer(hidden), changed)
+
+
+@needs_native
+@torch.inference_mode(False)
+def test_gradients_are_pytorchs():
+    layer, hidden = FeedForward(32, 64, "silu", True, False), random(3, 32).requires_grad_()
+    layer(hidden).sum().backward()
+    assert hidden.grad is not None
+    assert layer.gate is not None
+    assert layer.gate.weight.grad is not None
+
+
+@needs_native
+def test_rows_of_one_text_see_each_other():
+    query, keys, values = (random(3, 2, 16, seed=seed) for seed in range(3))
+    pool = [torch.full((2, 8, 2, 16), math.nan) for _ in range(2)]
+    tables, lengths = torch.zeros(3, 1, dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
+    found = native.attend_paged(query, pool[0], pool[1], tables, lengths, (keys, values))
+    expected = functional.scaled_dot_product_attention(
+        *(part.double().transpose(0, 1)[None] for part in (query, keys, values)), is_causal=True
     )
-    assert_close(heads, expected, dtype, 2 if normed else 1)  # bfloat16 between norm and rotation
+    assert_close(found, expected[0].transpose(0, 1), torch.float32)
 
 
 def paged(keys: Tensor, block_size: int, seed: int) -> tuple[Tensor, Tensor]:

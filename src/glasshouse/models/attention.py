@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.models import native
-from glasshouse.models.layers import Linear, RootMeanSquareNorm, Tap, native_weights, rotate, touch
-from glasshouse.models.native import HeadNorms, Weight
+from glasshouse.models.layers import Linear, RootMeanSquareNorm, Tap, native_matrices, rotate, touch
+from glasshouse.models.native import HeadNorms, Matrices
 
 
 class Cache(Protocol):
@@ -204,9 +204,9 @@ class Attention(nn.Module):
         With a cache, `mask` and `causal` are the cache's business.
         """
         name = "" if tap is None else f"layers.{layer}.attention"
-        weights = native_weights(hidden, (self.query, self.key, self.value))
-        if weights is not None:
-            query, key, value = self._native_heads(hidden, weights, rotary)
+        matrices = native_matrices(self, ("query", "key", "value"), hidden)
+        if matrices is not None:
+            query, key, value = self._native_heads(hidden, matrices, rotary)
         else:
             query = self._heads(self.query(hidden), self.query_norm, rotary)
             key = self._heads(self.key(hidden), self.key_norm, rotary)
@@ -221,17 +221,15 @@ class Attention(nn.Module):
         return touch(tap, f"{name}.output", self.output(touch(tap, f"{name}.read", read)))
 
     def _native_heads(
-        self, hidden: Tensor, weights: list[Weight], rotary: tuple[Tensor, Tensor] | None
+        self, hidden: Tensor, matrices: Matrices, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...]:
-        """Queries [B, H, T, d], keys and values [B, G, T, d] by the C++ kernels: one product, one turn in place."""
-        heads = native.linear(hidden.contiguous(), weights)
-        counts = (self.heads, self.key_value_heads, self.key_value_heads)
-        if rotary is not None or self.query_norm is not None:
-            norms = None
-            if self.query_norm is not None and self.key_norm is not None:
-                norms = HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
-            native.turn(heads, self.heads, self.heads + self.key_value_heads, norms, rotary, self.head_dim)
-        return heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(counts, dim=1)
+        """Queries [B, H, T, d], keys and values [B, G, T, d] by the C++ kernels."""
+        norms = None
+        if self.query_norm is not None and self.key_norm is not None:
+            norms = HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
+        counts = (self.heads, self.key_value_heads)
+        heads = native.heads(hidden.contiguous(), matrices, counts, norms, rotary)
+        return heads.transpose(1, 2).split((*counts, self.key_value_heads), dim=1)
 
     def _heads(
         self, flat: Tensor, norm: RootMeanSquareNorm | None, rotary: tuple[Tensor, Tensor] | None

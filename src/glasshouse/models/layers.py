@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.models import native
-from glasshouse.models.native import Weight
+from glasshouse.models.native import Matrices, Weight
 
 Tap = Callable[[str, Tensor], Tensor]
 """Called with the name and the value of an activation; what it returns takes the activation's place."""
@@ -47,9 +47,16 @@ class Linear(nn.Linear):
         if not self.weight.is_meta:
             super().reset_parameters()
 
+    def native_weight(self) -> Weight:
+        """Itself, as the C++ kernels take it."""
+        return Weight(self.weight, None, self.bias, self.out_features, self.in_features, 0)
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., width] to [..., outputs]."""
-        return multiply(input, self.weight, self.bias)
+        matrices = _kept_matrices(self, "", (self,), input) if native.suits(input) else None
+        if matrices is not None:
+            return native.linear(input.contiguous(), matrices)
+        return functional.linear(input, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -64,9 +71,17 @@ class Embedding(nn.Embedding):
 def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., width] times the transpose of [outputs, width]: a few rows without gradients by the C++ kernels, where those
     serve; a row's result then does not depend on the rows beside it."""
-    if native.suits(hidden) and native.suits_plain(hidden, weight):
-        return native.linear(hidden.contiguous(), (Weight(weight, None, bias, weight.shape[0], 0),))
+    if native.suits(hidden) and _is_plain(hidden, weight):
+        weights = (Weight(weight, None, bias, weight.shape[0], weight.shape[1], 0),)
+        return native.linear(hidden.contiguous(), Matrices(weights, hidden.dtype))
     return functional.linear(hidden, weight, bias)
+
+
+def _is_plain(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the rows are few and the matrix lies whole in memory, in their format."""
+    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    whole = type(weight) in native.PLAIN and weight.is_contiguous()
+    return rows <= native.MOST_ROWS and whole and weight.dtype == hidden.dtype
 
 
 # ---- weights of 8 or 4 bits
@@ -230,12 +245,13 @@ class QuantizedLinear(nn.Module):
 
     def native_weight(self) -> Weight:
         """Itself, as the C++ kernels take it."""
-        return Weight(self.codes, self.scale, self.bias, self.out_features, self.bits)
+        return Weight(self.codes, self.scale, self.bias, self.out_features, self.in_features, self.bits)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] to [..., outputs]."""
-        if native.suits(hidden):
-            return native.linear(hidden.contiguous(), (self.native_weight(),))
+        matrices = _kept_matrices(self, "", (self,), hidden) if native.suits(hidden) else None
+        if matrices is not None:
+            return native.linear(hidden.contiguous(), matrices)
         return functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
 
 
@@ -248,20 +264,41 @@ def swap_linears(model: nn.Module, make: Callable[[Linear], nn.Module], kept: st
                 setattr(parent, child_name, make(child))
 
 
-def native_weights(hidden: Tensor, linears: Sequence[nn.Module]) -> list[Weight] | None:
-    """The matrices of linear layers that multiply the same rows, as the C++ kernels take them at once; None where they do
-    not serve: gradients are wanted, there are many rows for plain weights, or a layer is of another kind."""
+def native_matrices(
+    owner: nn.Module, names: Sequence[str], hidden: Tensor, activation: str = ""
+) -> Matrices | None:
+    """The matrices of an owner's linear layers that multiply the same rows, as the C++ kernels take them; None where they
+    do not serve: gradients are wanted, there are many rows for plain weights, or a layer is of another kind."""
     if not native.suits(hidden):
         return None
-    weights = []
+    return _kept_matrices(owner, names[0], [owner._modules[name] for name in names], hidden, activation)
+
+
+def _kept_matrices(
+    owner: nn.Module, key: str, linears: Sequence[nn.Module | None], hidden: Tensor, activation: str = ""
+) -> Matrices | None:
+    """What is kept with the owner under a key; made anew when a layer or its weights were replaced or moved."""
+    tensors = []
     for linear in linears:
         if isinstance(linear, QuantizedLinear):
-            weights.append(linear.native_weight())
-        elif type(linear) is Linear and native.suits_plain(hidden, linear.weight):
-            weights.append(Weight(linear.weight, None, linear.bias, linear.out_features, 0))
-        else:
+            tensors += linear._buffers.values()
+        elif type(linear) is not Linear:
             return None
-    return weights if all(weight.bits == weights[0].bits for weight in weights) else None
+        tensors += [parameter for parameter in linear._parameters.values() if parameter is not None]
+    kept = owner.__dict__.get("_matrices", {})
+    found = kept.get(key)  # None too in a copy of the owner
+    if found is None or not found.serves(hidden, tensors):
+        weights = [
+            linear.native_weight() for linear in linears if isinstance(linear, Linear | QuantizedLinear)
+        ]
+        plain = [weight.data for weight in weights if not weight.bits]
+        if len({weight.bits for weight in weights}) > 1 or not all(_is_plain(hidden, each) for each in plain):
+            return None
+        found = Matrices(weights, hidden.dtype, activation)
+        owner.__dict__["_matrices"] = {**kept, key: found}
+    if found.is_plain and hidden.numel() > native.MOST_ROWS * found.width:
+        return None
+    return found
 
 
 # ---- layers
@@ -369,12 +406,23 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor, tap: Tap | None = None, name: str = "") -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        layers = (self.up,) if self.gate is None else (self.gate, self.up)
-        weights = native_weights(hidden, layers) if self.activation_name in native.ACTIVATIONS else None
-        if weights is not None:
-            inner = native.linear(hidden.contiguous(), weights, self.activation_name)
-        elif self.gate is None:
+        if tap is None:
+            quick = self._quick(hidden)
+            if quick is not None:
+                return quick
+        if self.gate is None:
             inner = self.activation(self.up(hidden))
         else:
             inner = self.activation(self.gate(hidden)) * self.up(hidden)
         return touch(tap, f"{name}.output", self.down(touch(tap, f"{name}.hidden", inner)))
+
+    def _quick(self, hidden: Tensor) -> Tensor | None:
+        """All of it by the C++ kernels, where those serve."""
+        if self.activation_name not in native.ACTIVATIONS:
+            return None
+        names = ("up",) if self.gate is None else ("gate", "up")
+        first = native_matrices(self, names, hidden, self.activation_name)
+        second = None if first is None else native_matrices(self, ("down",), hidden)
+        if first is None or second is None:
+            return None
+        return native.feed_forward(hidden.contiguous(), first, second)

@@ -289,12 +289,19 @@ static void compute_block(const Matrix* matrices, int count, index_t item, const
     }
 }
 
-extern "C" {
+// Matrices of one kind that multiply the same rows, at most three.
+struct Matrices {
+    int format, bits;  // of activations and plain weights: 0 float32, 1 bfloat16; of codes: 8 or 4, 0 for plain weights
+    int count, activation;
+    index_t width;
+    Matrix matrix[3];
+};
 
-// Up to three matrices times the same rows, their outputs side by side: out [rows, sum of outputs]. With an activation
-// and two matrices: activation(first) * second, [rows, outputs].
-void glasshouse_linear(const void* hidden, index_t rows, index_t width, index_t stride, int format, int bits, int activation,
-                       int count, const Matrix* matrices, void* out, int threads) {
+// Their outputs side by side: out [rows, sum of outputs]. With an activation and two matrices: activation(first) * second.
+static void multiply(const void* hidden, index_t rows, const Matrices& all, void* out, int threads) {
+    const index_t width = all.width, stride = width;
+    const int format = all.format, bits = all.bits, activation = all.activation, count = all.count;
+    const Matrix* matrices = all.matrix;
     static thread_local Codes codes;
     const Input input = {hidden, width, stride, &codes};
     if (bits == 8 || bits == 4) {
@@ -314,6 +321,20 @@ void glasshouse_linear(const void* hidden, index_t rows, index_t width, index_t 
         if (format) compute_block(matrices, count, item, input, rows, (bfloat16*)out, columns, activation, products);
         else compute_block(matrices, count, item, input, rows, (float*)out, columns, activation, products);
     }
+}
+
+extern "C" {
+
+void glasshouse_linear(const void* hidden, index_t rows, const Matrices* matrices, void* out, int threads) {
+    multiply(hidden, rows, *matrices, out, threads);
+}
+
+// A whole feed-forward network: gate and up (or up alone) with their activation, then down.
+void glasshouse_feed_forward(const void* hidden, index_t rows, const Matrices* first, const Matrices* second, void* out, int threads) {
+    static thread_local std::vector<char> inner;
+    inner.resize(std::max(inner.size(), (size_t)(rows * second->width * 4)));
+    multiply(hidden, rows, *first, inner.data(), threads);
+    multiply(inner.data(), rows, *second, out, threads);
 }
 
 }  // extern "C"
@@ -373,16 +394,25 @@ void glasshouse_norm(const void* hidden, index_t rows, index_t width, int format
     else norms((const float*)hidden, rows, width, (const float*)weight, epsilon, (float*)out, threads);
 }
 
-// In place: the norm (where there is one) and the rotation (where there is a table) of the query and key heads of each row.
-void glasshouse_turn(void* heads, index_t rows, index_t stride, int format, index_t query_heads, index_t all_heads, index_t width,
-                     const void* query_norm, const void* key_norm, float epsilon, const void* cosine, const void* sine,
-                     index_t table_rows, int threads) {
-    if (format)
-        turn((bfloat16*)heads, rows, stride, query_heads, all_heads, width, (const bfloat16*)query_norm, (const bfloat16*)key_norm,
-             epsilon, (const bfloat16*)cosine, (const bfloat16*)sine, table_rows, threads);
+// The norm (where there is one) and the rotation (where there is a table) of the query and key heads of each row.
+struct Turn {
+    index_t query_heads, turned_heads, head_width, table_rows;
+    const void *query_norm, *key_norm, *cosine, *sine;
+    float epsilon;
+};
+
+// Queries, keys and values of the rows, side by side: out [rows, all outputs], the first heads turned.
+void glasshouse_heads(const void* hidden, index_t rows, const Matrices* matrices, const Turn* by, void* out, int threads) {
+    multiply(hidden, rows, *matrices, out, threads);
+    index_t columns = 0;
+    for (int i = 0; i < matrices->count; i++) columns += matrices->matrix[i].outputs;
+    if (!by->query_norm && !by->cosine) return;
+    if (matrices->format)
+        turn((bfloat16*)out, rows, columns, by->query_heads, by->turned_heads, by->head_width, (const bfloat16*)by->query_norm,
+             (const bfloat16*)by->key_norm, by->epsilon, (const bfloat16*)by->cosine, (const bfloat16*)by->sine, by->table_rows, threads);
     else
-        turn((float*)heads, rows, stride, query_heads, all_heads, width, (const float*)query_norm, (const float*)key_norm, epsilon,
-             (const float*)cosine, (const float*)sine, table_rows, threads);
+        turn((float*)out, rows, columns, by->query_heads, by->turned_heads, by->head_width, (const float*)by->query_norm,
+             (const float*)by->key_norm, by->epsilon, (const float*)by->cosine, (const float*)by->sine, by->table_rows, threads);
 }
 
 }  // extern "C"
@@ -398,17 +428,29 @@ struct Pages {
     index_t table_width;
 };
 
+static inline index_t position(const Pages& pages, const int32_t* table, index_t p) {
+    return table[p / pages.block_size] * pages.block_stride + p % pages.block_size * pages.position_stride;
+}
+
 template <class T>
-static void attend_group(const T* query, const T* key, const T* value, const Pages& pages, index_t row, index_t group, index_t shared,
+static void keep(const T* key, const T* value, index_t stride, const Pages& pages, index_t batch, index_t groups, index_t width) {
+    for (index_t row = 0; row < batch; row++) {
+        const index_t at = position(pages, pages.tables + row * pages.table_width, pages.lengths[row]);
+        for (index_t group = 0; group < groups; group++) {
+            memcpy((T*)pages.keys + at + group * pages.head_stride, key + row * stride + group * width, width * sizeof(T));
+            memcpy((T*)pages.values + at + group * pages.head_stride, value + row * stride + group * width, width * sizeof(T));
+        }
+    }
+}
+
+template <class T>
+static void attend_group(const T* query, const Pages& pages, index_t row, index_t group, index_t shared,
                          index_t width, index_t window, float scale, T* out) {
     static thread_local std::vector<float> scores;
     const int32_t* table = pages.tables + row * pages.table_width;
     const index_t last = pages.lengths[row], first = window > 0 ? std::max<index_t>(0, last + 1 - window) : 0, seen = last + 1 - first;
     const index_t base = group * pages.head_stride, chunks = (width + 15) / 16;
-    auto place = [&](index_t p) {
-        return table[p / pages.block_size] * pages.block_stride + p % pages.block_size * pages.position_stride + base;
-    };
-    if (key) memcpy((T*)pages.keys + place(last), key, width * sizeof(T)), memcpy((T*)pages.values + place(last), value, width * sizeof(T));
+    auto place = [&](index_t p) { return position(pages, table, p) + base; };
     if ((index_t)scores.size() < shared * seen) scores.resize(2 * shared * seen);
     __m512 part[16];
     for (index_t head = 0; head < shared; head++) {
@@ -443,23 +485,21 @@ static void attend_group(const T* query, const T* key, const T* value, const Pag
 
 extern "C" {
 
-// Keep each row's new key and value (where given) and read with its query: query and out [batch, heads, width] with a row
-// stride for the query and for key and value [batch, groups, width]; width at most 256.
+// Keep each row's new key and value (where given), then read with its query: query and out [batch, heads, width] with a row
+// stride for the query and for key and value [batch, groups, width]; width at most 256. Rows of one text, at positions one
+// after another, see each other: all are kept before any is read.
 void glasshouse_attend(const void* query, index_t query_stride, const void* key, const void* value, index_t key_stride, const Pages* pages,
                        index_t batch, index_t heads, index_t groups, index_t width, index_t window, float scale, int format, void* out,
                        int threads) {
     const index_t shared = heads / groups;
+    if (key && format) keep((const bfloat16*)key, (const bfloat16*)value, key_stride, *pages, batch, groups, width);
+    else if (key) keep((const float*)key, (const float*)value, key_stride, *pages, batch, groups, width);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (index_t item = 0; item < batch * groups; item++) {
         const index_t row = item / groups, group = item % groups;
-        const index_t from = row * query_stride + group * shared * width, new_at = row * key_stride + group * width;
-        const index_t to = (row * heads + group * shared) * width;
-        if (format)
-            attend_group((const bfloat16*)query + from, key ? (const bfloat16*)key + new_at : nullptr, value ? (const bfloat16*)value + new_at : nullptr,
-                         *pages, row, group, shared, width, window, scale, (bfloat16*)out + to);
-        else
-            attend_group((const float*)query + from, key ? (const float*)key + new_at : nullptr, value ? (const float*)value + new_at : nullptr,
-                         *pages, row, group, shared, width, window, scale, (float*)out + to);
+        const index_t from = row * query_stride + group * shared * width, to = (row * heads + group * shared) * width;
+        if (format) attend_group((const bfloat16*)query + from, *pages, row, group, shared, width, window, scale, (bfloat16*)out + to);
+        else attend_group((const float*)query + from, *pages, row, group, shared, width, window, scale, (float*)out + to);
     }
 }
 

@@ -10,12 +10,13 @@ Knows shapes and raw memory; nothing of models.
 import ctypes
 import functools
 import hashlib
+import operator
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Weight(NamedTuple):
         scale: bfloat16 scales of the codes; None for plain weights.
         bias: [outputs] in the activations' number format, or None.
         outputs: number of outputs.
+        width: number of inputs.
         bits: 8 or 4 for codes, 0 for plain weights.
     """
 
@@ -50,6 +52,7 @@ class Weight(NamedTuple):
     scale: Tensor | None
     bias: Tensor | None
     outputs: int
+    width: int
     bits: int
 
 
@@ -59,6 +62,25 @@ class _Matrix(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
+    )
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = (
+        ("format", ctypes.c_int),
+        ("bits", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("width", ctypes.c_int64),
+        ("matrix", _Matrix * 3),
+    )
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("query_heads", "turned_heads", "head_width", "table_rows")),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm", "cosine", "sine")),
+        ("epsilon", ctypes.c_float),
     )
 
 
@@ -184,21 +206,19 @@ def _find_library() -> ctypes.CDLL | None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' signatures, in the order of native.cpp."""
     pointer, integer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    library.glasshouse_linear.argtypes = [pointer, *[integer] * 3, *[number] * 4, pointer, pointer, number]
-    library.glasshouse_norm.argtypes = [pointer, integer, integer, number, pointer, real, pointer, number]
-    library.glasshouse_turn.argtypes = [
-        pointer, integer, integer, number, integer, integer, integer, pointer, pointer, real, pointer, pointer, integer, number,
-    ]  # fmt: skip
-    library.glasshouse_attend.argtypes = [
-        pointer, integer, pointer, pointer, integer, pointer, *[integer] * 5, real, number, pointer, number,
-    ]  # fmt: skip
-    for function in (
-        library.glasshouse_linear,
-        library.glasshouse_norm,
-        library.glasshouse_turn,
-        library.glasshouse_attend,
-    ):
-        function.restype = None
+    rows = [pointer, integer]
+    signatures = {
+        "linear": [*rows, pointer, pointer, number],
+        "feed_forward": [*rows, pointer, pointer, pointer, number],
+        "heads": [*rows, pointer, pointer, pointer, number],
+        "norm": [*rows, integer, number, pointer, real, pointer, number],
+        "attend": [
+            pointer, integer, pointer, pointer, integer, pointer, *[integer] * 5, real, number, pointer, number,
+        ],
+    }  # fmt: skip
+    for name, arguments in signatures.items():
+        function = getattr(library, f"glasshouse_{name}")
+        function.argtypes, function.restype = arguments, None
     return library
 
 
@@ -212,20 +232,9 @@ def suits(hidden: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and hidden.device.type == "cpu"
+        and hidden.is_cpu
         and hidden.dtype in FORMATS
         and available()
-    )
-
-
-def suits_plain(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether rows that `suits` are few enough for this matrix of plain weights, and it is one that memory holds whole."""
-    rows = hidden.numel() // max(hidden.shape[-1], 1)
-    return (
-        rows <= MOST_ROWS
-        and type(weight) in PLAIN
-        and weight.dtype == hidden.dtype
-        and weight.is_contiguous()
     )
 
 
@@ -248,48 +257,93 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def linear(hidden: Tensor, weights: Sequence[Weight], activation: str = "") -> Tensor:
-    """Rows times up to three matrices at once.
+class Matrices:
+    """Up to three matrices that multiply the same rows, checked once, as the library takes them.
 
     Args:
-        hidden: [..., width], contiguous, float32 or bfloat16.
-        weights: matrices of one kind; plain ones in the format of `hidden`.
+        weights: matrices of one kind; plain ones in the format of the rows.
+        dtype: number format of the rows.
         activation: a key of `ACTIVATIONS`; with two matrices the result is activation(first) * second.
 
-    Returns:
-        [..., sum of the outputs], or [..., outputs] where an activation joins two matrices; in the format of `hidden`.
+    Attributes:
+        width: of a row.
+        columns: of a result: the sum of the outputs, or one matrix's where an activation joins two.
+        is_plain: whether the weights are no codes.
+    """
+
+    def __init__(self, weights: Sequence[Weight], dtype: torch.dtype, activation: str = ""):
+        bits, first, self.dtype = weights[0].bits, weights[0], dtype
+        self.width = first.width
+        _require(len(weights) <= 3, "three matrices at most")
+        for weight in weights:
+            _require(weight.bits == bits and weight.width == self.width, "matrices of one kind and width")
+            _require(weight.data.is_contiguous() and type(weight.data) in PLAIN, "contiguous matrices")
+            _require(bits > 0 or weight.data.dtype == dtype, "plain matrices in the format of the rows")
+            words = code_words(self.width, bits) if bits else self.width
+            _require(weight.data.shape[1] == words, "codes and width must fit")
+            _require(weight.bias is None or weight.bias.dtype == dtype, "a bias in the format of the rows")
+        joined = activation != "" and len(weights) == 2
+        _require(not joined or first.outputs == weights[1].outputs, "gate and up must be of one size")
+        self.columns = first.outputs if joined else sum(weight.outputs for weight in weights)
+        self.is_plain = bits == 0
+        # Kept alive, and compared: memory that was given back, or other weights in its place, must not be read.
+        self._tensors = [tensor for weight in weights for tensor in weight[:3] if tensor is not None]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        matrix = [
+            (_address(one.data), _address(one.scale), _address(one.bias), one.outputs) for one in weights
+        ]
+        numbers = (FORMATS[dtype], bits, len(weights), ACTIVATIONS[activation], self.width)
+        self._struct = _Matrices(*numbers, (_Matrix * 3)(*matrix))
+        self.address = ctypes.addressof(self._struct)
+
+    def serves(self, hidden: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are still the matrices of these tensors, and they are for rows of this format."""
+        return (
+            hidden.dtype == self.dtype
+            and len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and [tensor.data_ptr() for tensor in tensors] == self._addresses
+        )
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """None in a copy of a model, and in another process: it makes its own."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _rows(hidden: Tensor, matrices: Matrices) -> int:
+    _require(hidden.is_contiguous(), "rows must be contiguous")
+    _require(
+        hidden.shape[-1] == matrices.width and hidden.dtype == matrices.dtype, "matrices and rows must fit"
+    )
+    return hidden.numel() // hidden.shape[-1]
+
+
+def linear(hidden: Tensor, matrices: Matrices) -> Tensor:
+    """Rows [..., width], contiguous, times matrices: [..., columns] in the format of the rows.
 
     Codes meet activations rounded to 8 bits, one scale for each group of 64 (int8) or 32 (int4) numbers of a row; plain
     weights meet them as they are. Sums are float32.
     """
-    width, bits, first = hidden.shape[-1], weights[0].bits, weights[0]
-    rows = hidden.numel() // max(width, 1)
-    _require(
-        hidden.is_contiguous() and len(weights) <= 3,
-        "hidden must be contiguous, and the matrices three at most",
-    )
-    for weight in weights:
-        _require(weight.bits == bits and weight.data.is_contiguous(), "matrices of one kind, contiguous")
-        _require(
-            bits > 0 or (weight.data.dtype == hidden.dtype and weight.data.shape[1] == width),
-            "matrix and rows must fit",
-        )
-        _require(bits == 0 or weight.data.shape[1] == code_words(width, bits), "codes and rows must fit")
-        _require(weight.bias is None or weight.bias.dtype == hidden.dtype, "a bias in the format of the rows")
-    joined = activation and len(weights) == 2
-    _require(not joined or first.outputs == weights[1].outputs, "gate and up must be of one size")
-    columns = first.outputs if joined else sum(weight.outputs for weight in weights)
-    out = hidden.new_empty((*hidden.shape[:-1], columns))
-    matrices = (_Matrix * 3)(
-        *(
-            (weight.data.data_ptr(), _address(weight.scale), _address(weight.bias), weight.outputs)
-            for weight in weights
-        )
-    )
+    rows = _rows(hidden, matrices)
+    out = hidden.new_empty((*hidden.shape[:-1], matrices.columns))
     _serving().glasshouse_linear(
-        hidden.data_ptr(), rows, width, width, FORMATS[hidden.dtype], bits, ACTIVATIONS[activation], len(weights),
-        ctypes.addressof(matrices), out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        hidden.data_ptr(), rows, matrices.address, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def feed_forward(hidden: Tensor, first: Matrices, second: Matrices) -> Tensor:
+    """`linear` by the first matrices, with their activation, and then by the second."""
+    rows = _rows(hidden, first)
+    _require(first.columns == second.width and first.dtype == second.dtype, "the two must fit")
+    out = hidden.new_empty((*hidden.shape[:-1], second.columns))
+    _serving().glasshouse_feed_forward(
+        hidden.data_ptr(), rows, first.address, second.address, out.data_ptr(), torch.get_num_threads()
+    )
     return out
 
 
@@ -319,42 +373,50 @@ class HeadNorms(NamedTuple):
     epsilon: float
 
 
-def turn(
-    heads: Tensor,
-    query_heads: int,
-    turned_heads: int,
+def heads(
+    hidden: Tensor,
+    matrices: Matrices,
+    counts: tuple[int, int],
     norms: HeadNorms | None,
     rotary: tuple[Tensor, Tensor] | None,
-    head_dim: int,
-) -> None:
-    """Norm and rotate, in place, the query and key heads of each row.
+) -> Tensor:
+    """Queries, keys and values of rows; those of queries and keys normed and rotated.
 
     Args:
-        heads: [B, T, at least turned_heads * head_dim], contiguous: query heads, key heads, and what stays as it is.
-        query_heads: number of query heads.
-        turned_heads: number of query and key heads.
-        norms: weights of their norms, or None.
+        hidden: [B, T, width], contiguous.
+        matrices: of queries, keys and values.
+        counts: number of query heads, and of key heads, which is that of value heads.
+        norms: weights of the norms of queries and keys, or None.
         rotary: cosine and sine, [B or 1, 1, T, head_dim], or None.
-        head_dim: width of a head, even.
+
+    Returns:
+        [B, T, H + 2 G, head_dim]: query heads, key heads, value heads.
     """
-    _require(
-        heads.is_contiguous() and heads.shape[-1] >= turned_heads * head_dim and head_dim % 2 == 0,
-        "heads as rows",
-    )
+    rows, number = _rows(hidden, matrices), counts[0] + 2 * counts[1]
+    width = matrices.columns // number
+    _require(hidden.dim() == 3 and width % 2 == 0 and width * number == matrices.columns, "heads must fit")
     for table in rotary or ():
-        fits = table.is_contiguous() and table.dtype == heads.dtype and table.shape[-1] == head_dim
-        _require(
-            fits and table.shape[2] == heads.shape[1] and table.shape[0] in (1, heads.shape[0]),
-            "tables must fit",
-        )
+        fits = table.is_contiguous() and table.dtype == hidden.dtype and table.shape[-1] == width
+        fits = fits and table.shape[2] == hidden.shape[1] and table.shape[0] in (1, hidden.shape[0])
+        _require(fits, "tables must fit")
     for weight in norms[:2] if norms else ():
-        _require(weight.dtype == heads.dtype and weight.numel() == head_dim, "norms must fit")
+        _require(weight.dtype == hidden.dtype and weight.numel() == width, "norms must fit")
     cosine, sine = rotary or (None, None)
-    _serving().glasshouse_turn(
-        heads.data_ptr(), heads.shape[0] * heads.shape[1], heads.shape[2], FORMATS[heads.dtype], query_heads, turned_heads, head_dim,
-        _address(norms.query if norms else None), _address(norms.key if norms else None), norms.epsilon if norms else 0.0,
-        _address(cosine), _address(sine), 1 if cosine is None else cosine.shape[0] * cosine.shape[2], torch.get_num_threads(),
+    query_norm, key_norm, epsilon = norms or (None, None, 0.0)
+    turn = _Turn(
+        counts[0], counts[0] + counts[1], width, 1 if cosine is None else cosine.numel() // width,
+        _address(query_norm), _address(key_norm), _address(cosine), _address(sine), epsilon,
     )  # fmt: skip
+    out = hidden.new_empty((*hidden.shape[:2], number, width))
+    _serving().glasshouse_heads(
+        hidden.data_ptr(),
+        rows,
+        matrices.address,
+        ctypes.addressof(turn),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _require_pages(
@@ -408,8 +470,8 @@ def attend_paged(
         values: as `keys`, with the same strides.
         tables: int32 [B, at least the blocks in use]: the numbers of each row's blocks.
         lengths: int32 [B]: tokens before the new one, which is at this position.
-        new: key and value of the new token, each [B, G, d] with contiguous heads, written at their place; None when they
-            are there already.
+        new: key and value of the new token, each [B, G, d] with contiguous heads, written at their place before any row
+            is read, so that rows of one text see each other; None when they are there already.
         window: how many positions back a query sees, itself included; None for all.
         scale: of the scores; 1 / sqrt(d) when None.
 
