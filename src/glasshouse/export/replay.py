@@ -13,7 +13,8 @@ from torch import Tensor
 
 from glasshouse.artifact import Artifact
 from glasshouse.errors import InputError
-from glasshouse.inference.engine import generate
+from glasshouse.inference.engine import Engine
+from glasshouse.inference.request import Request
 from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder
 from glasshouse.models.encoder import Encoder
@@ -43,17 +44,15 @@ def replayed_texts(artifact: Artifact, context: int) -> list[list[int]]:
         artifact: the model, in float32.
         context: the longest text that the exported model reads.
     """
-    tokenizer, texts = artifact.tokenizer, []
-    for prompt in PROMPTS:
-        tokens = tokenizer.prompt(prompt) or [tokenizer.end_of_document]
-        if not isinstance(artifact.model, Decoder):
-            texts.append(tokens[:context])
-            continue
-        tokens = tokens[: max(1, context - CONTINUED)]
-        config = GenerationConfig(temperature=0.0, max_new_tokens=CONTINUED)
-        answer = generate(artifact.model, tokenizer, tokens, config) if len(tokens) < context else iter(())
-        texts.append([*tokens, *(token.id for token in answer)][:context])
-    return texts
+    model, tokenizer = artifact.model, artifact.tokenizer
+    texts = [(tokenizer.prompt(prompt) or [tokenizer.end_of_document])[:context] for prompt in PROMPTS]
+    if not isinstance(model, Decoder) or context < 2:
+        return texts
+    texts = [tokens[: max(1, context - CONTINUED)] for tokens in texts]
+    config = GenerationConfig(temperature=0.0, max_new_tokens=CONTINUED)
+    answers = Engine(model, tokenizer).complete([Request(tuple(tokens), config) for tokens in texts])
+    continued = zip(texts, answers, strict=True)
+    return [[*tokens, *(token.id for token in answer)][:context] for tokens, answer in continued]
 
 
 def target_of(tokens: Sequence[int]) -> list[int]:
