@@ -1,8 +1,9 @@
 """Every command in the documentation runs, in order, as written; only sizes are made small so that it takes seconds.
 
 Read are the fenced blocks marked `sh` and `python` of README.md and docs/*.md. A block is left out when the line before
-it is `<!-- no-test: reason -->`. All run in one folder, which holds `my_folder/` with some text and `recipes/` with a
-small copy of every recipe; README.zh.md must show the same commands as README.md.
+it is `<!-- no-test: reason -->`. All run in one folder, which holds `my_folder/` with some text, `my_pairs.tsv` and files
+like it with sentences and their counterparts, and `recipes/` with a small copy of every recipe; README.zh.md must show the
+same commands as README.md.
 """
 
 import os
@@ -28,6 +29,8 @@ NOT_RUN_HERE = {
     "torchrun": "tried by the tests of training/distributed",
 }
 QUICK = {"size": "nano", "steps": 20, "validations": 2, "threads": 1}
+QUICK_PAIRS = {"width": 32, "heads": 2, "layers": 1, "feed_forward": 64, "vocab_size": 300, "epochs": 1, "validations": 1,
+               "threads": 1}  # fmt: skip
 ANIMALS = ["cat", "dog", "hen", "fox", "cow", "owl", "bee", "ant"]
 PLACES = ["house", "river", "garden", "school", "market", "forest", "bridge", "kitchen"]
 
@@ -58,7 +61,8 @@ def quick(command: str) -> str:
         and "--resume" not in command
     ):
         command = re.sub(r"\s--(size|minutes|epochs|steps)[ =]\S+", "", command)
-        return command + "".join(f" --{name} {value}" for name, value in QUICK.items())
+        small = QUICK_PAIRS if " --pairs " in command else QUICK
+        return command + "".join(f" --{name} {value}" for name, value in small.items())
     if re.match(r"glasshouse prepare\b", command):
         command = re.sub(r"\s--vocab_size[ =]\S+", "", command) + " --vocab_size 400"
     return command
@@ -67,7 +71,10 @@ def quick(command: str) -> str:
 def quick_recipe(recipe: dict) -> dict:
     if "prepare" in recipe:
         recipe["prepare"] |= {"documents": ["my_folder"], "vocab_size": 400}
-    if "pretrain" in recipe:
+    if "pairs" in recipe.get("pretrain", {}):
+        files = {"pairs": ["my_pairs.tsv"], "validation": ["my_validation.tsv"]}
+        recipe["pretrain"] = {"layout": recipe["pretrain"]["layout"], **files, **QUICK_PAIRS}
+    elif "pretrain" in recipe:
         kept = {key: value for key, value in recipe["pretrain"].items() if key in ("optimizer", "layout")}
         recipe["pretrain"] = kept | QUICK
     return recipe
@@ -75,7 +82,7 @@ def quick_recipe(recipe: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a reader is assumed to have: some text of their own, and the recipes."""
+    """A folder with what a reader is assumed to have: some text and pairs of their own, and the recipes."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "my_folder").mkdir()
     for number in range(400):
@@ -87,6 +94,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"said the {other} at {number} past noon. So they went home together, and they were happy.\n"
         )
         (folder / "my_folder" / f"story_{number:03}.txt").write_text(text)
+    pairs = [
+        (f"the {a} sees the {b} in the {c}", f"{c}: {b} <- {a}")
+        for a in ANIMALS
+        for b in ANIMALS
+        for c in PLACES
+    ]
+    for name, part in (("my_pairs", pairs[:400]), ("my_validation", pairs[400:420])):
+        (folder / f"{name}.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in part))
+    (folder / "sentences.txt").write_text("".join(f"{source}\n" for source, _ in pairs[-3:]))
+    (folder / "answers.txt").write_text("".join(f"{target}\n" for _, target in pairs[-3:]))
     (folder / "recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
         recipe = quick_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
