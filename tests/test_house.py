@@ -19,7 +19,15 @@ PEERS = {"litgpt"}
 """What benchmarks compare with, where somebody installed it in an environment of its own."""
 IMPORTERS = {"import_module", "require_library", "importorskip"}
 """Functions that import what their first argument names."""
-STAGES = {"text.prepare", "training.pretrain", "training.finetune", "training.sequences", "evaluation.evaluate"}
+STAGES = {
+    "text.prepare",
+    "training.pretrain",
+    "training.finetune",
+    "training.sequences",
+    "evaluation.evaluate",
+} | {
+    "training.session"  # what the stages that train share
+}
 FLOORS = {
     "errors": set(),
     "files": set(),
@@ -34,13 +42,25 @@ FLOORS = {
     "adapter": {"models"},
     "tasks": {"text"},
     "inference": {"models", "artifact", "text", "device"},
-    "training": {"corpus", "text", "models", "artifact", "adapter", "tasks", "inference", "run", "device", "config"},
+    "training": {
+        "corpus",
+        "text",
+        "models",
+        "artifact",
+        "adapter",
+        "tasks",
+        "inference",
+        "run",
+        "device",
+        "config",
+    },
     "evaluation": {"inference", "tasks", "text", "artifact", "run", "device", "config"},
     "interpret": {"inference", "artifact", "models", "text", "device"},
     "export": {"inference", "artifact", "models", "text", "device"},
     "serve": {"inference", "interpret", "tasks", "artifact", "models", "text", "device"},
     "card": set(),
     "report": {"run", "card"},
+    "forecast": {"training", "corpus", "text", "device"},
     "demo": {"run", "artifact", "inference", "evaluation", "text", "device"},
     "cli": {
         "config",
@@ -58,7 +78,7 @@ FLOORS = {
         "serve",
         "tasks",
     }
-    | {"report", "demo"},
+    | {"report", "demo", "forecast"},
     "__main__": {"cli"},
 }
 """Folder or top-level module -> what of ours it may import, besides itself and what everyone may."""

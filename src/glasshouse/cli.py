@@ -328,7 +328,7 @@ def _plan(words: list[str]) -> int:
         values = ({"corpus": "."} if "prepare" in stages and stage == "pretrain" else {}) | stages[stage]
         origins = {name: f"{path}: {stage}.{name}" for name in values}
         configs[stage] = build_config(_stage(stage)[0], values, origins)
-    from glasshouse.training.forecast import print_forecast
+    from glasshouse.forecast import print_forecast
 
     print_forecast(configs["pretrain"], configs.get("prepare"), int(gpus or 0))
     return 0
