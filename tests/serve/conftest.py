@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +157,16 @@ def running(
     folder: Path,
     settings: EngineSettings | None = None,
     limits: Limits | None = None,
-    drain_seconds: float = 0.0,
+    more: Sequence[str] = (),
+    quantize: str | None = None,
+    load: bool = True,
     **options: Any,
 ) -> Iterator[Live]:
-    """A server of one model, called chat."""
-    house = House(open_models([f"chat={folder}"], CPU), settings or EngineSettings(cache_tokens=65_536))
+    """A server of a model that is called chat, and of more."""
+    models = open_models([f"chat={folder}", *more], CPU, quantize)
+    house = House(models, settings or EngineSettings(cache_tokens=65_536))
+    if not load:
+        house.load = lambda: None
     for name in ("log_prompts", "request_seconds"):
         if name in options:
             setattr(house, name, options.pop(name))
@@ -169,11 +174,11 @@ def running(
     with take_port("127.0.0.1", 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         application = build(house, Log(output), limits, **options)
-        server = Server(application, house, limits, drain_seconds)
+        server = Server(application, house, limits, 0.0)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
-            while not server.started or house.phase == "loading":
+            while not server.started or (load and house.phase == "loading"):
                 time.sleep(0.005)
             try:
                 yield Live(url, house, client, output, server)

@@ -9,14 +9,16 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from glasshouse.artifact import Artifact, open_artifact
+from glasshouse.artifact import RUN_FILE, Artifact, open_artifact
 from glasshouse.device import Device
 from glasshouse.errors import InputError
+from glasshouse.files import read_json
 from glasshouse.inference.engine import Engine, EngineThread
+from glasshouse.inference.quantization import quantization_price, quantize, settle
 from glasshouse.inference.request import EngineSettings, Request
 from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder
@@ -47,12 +49,18 @@ class Served:
         artifact: the opened model.
         created: seconds since 1970, when it was opened.
         thread: its engine at work; None while loading, and for a model that writes no text.
+        parameters: how many numbers it has learned.
+        instructed: whether it may have been taught to answer.
+        note: what the person who starts the server should know of it.
     """
 
     name: str
     artifact: Artifact
     created: int
     thread: EngineThread | None = None
+    parameters: int = 0
+    instructed: bool = True
+    note: str = ""
 
     @property
     def writes(self) -> bool:
@@ -68,6 +76,7 @@ class Served:
         """What /v1/models says of it."""
         facts = {"id": self.name, "object": "model", "created": self.created, "owned_by": "glasshouse"}
         can = {"generate": self.writes, "chat": self.writes and bool(self.artifact.tokenizer.chat_template)}
+        can["instructed"] = self.instructed
         return {**facts, "max_model_len": self.context_length, "capabilities": {**can, "embed": True}}
 
     def require_writer(self) -> EngineThread:
@@ -165,12 +174,13 @@ class House:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def open_models(paths: Sequence[str], device: Device) -> dict[str, Served]:
+def open_models(paths: Sequence[str], device: Device, kind: str | None = None) -> dict[str, Served]:
     """Open the models to serve, each verified against its manifest.
 
     Args:
         paths: runs, model folders, folders in Hugging Face layout, or "hub:OWNER/NAME"; NAME=PATH gives a name.
         device: where, and in what number format.
+        kind: "int8" or "int4" to quantize each; None for the weights as they are.
 
     Raises:
         InputError: one is torn, altered, of an unknown family or not there; or two have the same name.
@@ -183,8 +193,32 @@ def open_models(paths: Sequence[str], device: Device) -> dict[str, Served]:
                 f"two models are called {name}", path, f"write another name before one: other={path}"
             )
         artifact = open_artifact(path, dtype=device.compute_dtype, device=device.torch_device)
-        models[name] = Served(name, artifact, int(time.time()))
+        note, count = "", sum(parameter.numel() for parameter in artifact.model.parameters())
+        if kind is not None:
+            artifact, note = quantize_artifact(artifact, kind)
+        settle(artifact.model)
+        taught = is_instructed(artifact)
+        models[name] = Served(name, artifact, int(time.time()), None, count, taught, note)
     return models
+
+
+def is_instructed(artifact: Artifact) -> bool:
+    """Whether a model may have been taught to answer: not where its run says that it was pretrained and no more."""
+    facts = artifact.path.parent / RUN_FILE
+    return not facts.is_file() or read_json(facts).get("stage") != "pretrain"
+
+
+def quantize_artifact(artifact: Artifact, kind: str) -> tuple[Artifact, str]:
+    """The same with weights of 8 or 4 bits, and what that costs, measured where the model predicts text.
+
+    Raises:
+        InputError: an unknown kind, or a model that is quantized already.
+    """
+    model, made = artifact.model, quantize(artifact.model, kind)
+    price = ""
+    if isinstance(model, Decoder) and isinstance(made, Decoder):
+        price = str(quantization_price(model, made, kind, artifact.tokenizer))
+    return replace(artifact, model=made), price
 
 
 def name_model(word: str) -> tuple[str, str]:

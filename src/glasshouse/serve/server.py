@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import h11
 import uvicorn
@@ -47,6 +47,7 @@ class ServeConfig:
         names: further host names by which clients reach this server, behind a proxy for example.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32 or bfloat16.
+        quantize: int8 or int4 for weights of 8 or 4 bits; what they cost is measured and printed.
         threads: CPU threads; 0 for all cores.
         cache_tokens: tokens whose keys and values are kept, of all requests together; 0 to fit the memory.
         max_batch: most requests that are answered at once.
@@ -62,6 +63,7 @@ class ServeConfig:
     names: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
+    quantize: Literal["int8", "int4"] | None = None
     threads: int = 0
     cache_tokens: int = 0
     max_batch: int = 64
@@ -97,7 +99,10 @@ def serve(paths: Sequence[str], config: ServeConfig) -> int:
     with take_port(config.host, config.port) as listener:
         settings = EngineSettings(config.cache_tokens, max_batch=config.max_batch, max_queue=config.max_queue)
         house = House(
-            open_models(paths, device), settings, config.log_prompts, request_seconds=config.request_seconds
+            open_models(paths, device, config.quantize),
+            settings,
+            config.log_prompts,
+            request_seconds=config.request_seconds,
         )
         limits = replace(Limits(), request_seconds=config.request_seconds + 30)
         names = (config.host, socket.gethostname(), *config.names)
@@ -183,11 +188,11 @@ def welcome(house: House, listener: socket.socket, key: str) -> str:
     shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("0.0.0.0", "::") else host
     address, lines = f"http://{shown}:{port}", []
     for served in house.models.values():
-        count = sum(parameter.numel() for parameter in served.artifact.model.parameters())
         kind = f"writes at most {served.context_length:,} tokens" if served.writes else "embeds texts"
         lines.append(
-            f"{served.name}: {count / 1e6:,.1f} million parameters, {kind}, from {served.artifact.path}"
+            f"{served.name}: {served.parameters / 1e6:,.1f} million parameters, {kind}, from {served.artifact.path}"
         )
+        lines += [f"  {served.note}"] if served.note else []
     first = next(iter(house.models.values()))
     chat = first.writes and first.artifact.tokenizer.chat_template
     body = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Once"}
