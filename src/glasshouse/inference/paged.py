@@ -199,10 +199,10 @@ class RowsView:
         A tap is shown the scores and pattern of rows that see equally many blocks, [rows, H, 1, S].
         """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if tap is None and native.suits(query) and query.shape[3] <= native.MOST_HEAD_DIM:
+            return self._read_natively(query, (key, value), (keys, values), window)
         _keep(keys, self._slots, key)
         _keep(values, self._slots, value)
-        if tap is None and native.suits(query) and query.shape[3] <= native.MOST_HEAD_DIM:
-            return self._read_natively(query, keys, values, window)
         read = torch.zeros_like(query)
         for rows, blocks, mask in self._sights(window, query):
             key, value = _gather(keys, blocks, len(rows)), _gather(values, blocks, len(rows))
@@ -214,7 +214,9 @@ class RowsView:
             read[0].index_copy_(1, rows, found[:, :, 0].transpose(0, 1))
         return read
 
-    def _read_natively(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def _read_natively(
+        self, query: Tensor, new: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor], window: int | None
+    ) -> Tensor:
         count, padding = len(self._positions), query.shape[2] - len(self._positions)
         if self._pages is None:
             tables = np.zeros((count, max(map(len, self._tables))), np.int32)
@@ -222,9 +224,8 @@ class RowsView:
                 tables[row, : len(table)] = table
             places = np.array(self._positions, np.int32)
             self._pages = torch.from_numpy(tables), torch.from_numpy(places)
-        rows = query[0].transpose(0, 1)[:count]
-        rows = rows if rows.stride(1) == query.shape[3] else rows.contiguous()
-        read = native.attend_paged(rows, keys, values, *self._pages, window=window)
+        rows, key, value = (_as_rows(part, count) for part in (query, *new))
+        read = native.attend_paged(rows, *kept, *self._pages, (key, value), window)
         read = functional.pad(read, (0, 0, 0, 0, 0, padding)) if padding else read
         return read.transpose(0, 1)[None]
 
@@ -256,6 +257,12 @@ class RowsView:
         mask = additive(torch.from_numpy(seen).to(device)[:, None, None], query.dtype)
         rows = torch.tensor([row for row, _ in members], device=device)
         return rows, _neighbours(numbers.reshape(-1), device), mask
+
+
+def _as_rows(heads: Tensor, count: int) -> Tensor:
+    """[1, H, N, d] to the first rows of [N, H, d], each whole in memory."""
+    rows = heads[0].transpose(0, 1)[:count]
+    return rows if rows.stride(1) == rows.shape[2] else rows.contiguous()
 
 
 def _rounded(blocks: int) -> int:
