@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "glasshouse"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EVERYONE = {"errors", "files"}
 """Modules that everyone may import: how to refuse, and how to write whole files."""
-PEERS = {"litgpt"}
+PEERS = {"litgpt", "llama_cpp", "ctranslate2"}
 """What benchmarks compare with, where somebody installed it in an environment of its own."""
 IMPORTERS = {"import_module", "require_library", "importorskip"}
 """Functions that import what their first argument names."""

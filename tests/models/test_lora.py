@@ -1,6 +1,7 @@
 """Adapters: they begin as nothing, merge into the same function, and leave the frozen weights alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from glasshouse.models.lora import (
     load_adapter,
     merged,
     quantize_layers,
+    train_rows,
 )
 
 CONFIG = DecoderConfig(64, 32, 2, 4, 2, 8, 64, 128)
@@ -167,3 +169,19 @@ def test_an_unknown_layer_is_named() -> None:
     with pytest.raises(InputError, match=r"attention\.query") as refused:
         adapt(decoder(), AdapterConfig(targets=("c_attn",)), 0)
     assert "c_attn" in str(refused.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_some_tokens_learn_and_no_others(tied: bool) -> None:
+    model = decoder(replace(CONFIG, tie_embeddings=tied))
+    adapt(model, SETTINGS["lora"], 0)
+    before = model.embedding.weight.detach().clone()
+    train_rows(model, [3, 7])
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0
+    )
+    given = torch.tensor([[3, 5, 7, 9]])
+    model.logits(model(given)).log_softmax(-1)[..., 3].mean().neg().backward()
+    optimizer.step()
+    changed = (model.embedding.weight != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [3, 7]

@@ -139,6 +139,18 @@ def adapt(model: nn.Module, config: AdapterConfig, seed: int) -> list[str]:
     return found
 
 
+def train_rows(model: Decoder, tokens: Sequence[int]) -> None:
+    """Let the vectors of some tokens be trained besides: adapters cannot teach a model a token that it has never seen.
+
+    The other rows get no gradient and stay as they are, to the bit, as long as no weight decay is used.
+    """
+    for weight in {model.embedding.weight, model.output_weight}:
+        mask = torch.zeros(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
+        mask[list(tokens)] = 1
+        weight.requires_grad_(True)
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+
+
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, Base]:
     """The linear layers that some targets mean, by name.
 

@@ -21,7 +21,7 @@ from glasshouse.device import Device, forget_peak_memory, open_device, process_m
 from glasshouse.errors import InputError
 from glasshouse.files import require_free, sha256_bytes
 from glasshouse.models.decoder import Decoder
-from glasshouse.models.lora import AdapterConfig, adapt, merged, quantize_layers
+from glasshouse.models.lora import AdapterConfig, adapt, merged, quantize_layers, train_rows
 from glasshouse.run import Run
 from glasshouse.text.examples import Example, ExampleCounts, read_examples
 from glasshouse.text.packing import take_rows
@@ -45,6 +45,9 @@ LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "qlora": 1e-3}
 """Peak learning rate of each method where none is given; an adapter needs about ten times that of all weights (Schulman
 et al. 2025, "LoRA without regret")."""
 VALIDATION_ROWS = 64
+EXPECTED = 0.01
+"""A model that gives the end of an answer less chance than this, in the geometric mean, has never seen one end."""
+
 STYLES = {"learned": "green", "seen": "dim"}
 
 
@@ -68,7 +71,7 @@ class FinetuneConfig:
         rows: rows of a step.
         micro_rows: rows computed at once; fewer need less memory.
         learning_rate: peak learning rate.
-        weight_decay: weight decay of matrices.
+        weight_decay: weight decay of matrices, where every weight is trained.
         clip: most the norm of the gradient may be; 0 for no limit.
         warmup: share of the steps over which the learning rate rises.
         decay: share of the steps, at the end, over which it falls.
@@ -134,8 +137,9 @@ def finetune(config: FinetuneConfig, run: Run) -> None:
         model, tokenizer = require_decoder(artifact), artifact.tokenizer
         context = chosen_context(config, model)
         lessons, held_out, counts = read_lessons(config, tokenizer, context)
-        adapter = prepare_model(config, model)
         rows = Lessons(lessons, context, tokenizer.pad, config.seed)
+        unseen = [] if config.method == "full" else unseen_tokens(model, tokenizer, rows, device)
+        adapter = prepare_model(config, model, unseen)
         optimizer = MasterOptimizer(model, _optimization(config))
         steps = config.steps or max(1, math.ceil(config.epochs * rows.rows / config.rows))
         course = _course(config, run, device, artifact, rows, held_out, steps)
@@ -152,6 +156,10 @@ def finetune(config: FinetuneConfig, run: Run) -> None:
                 f"{predicted.parameters / 1e6:.1f}M weights, of which {trained / 1e6:.2f}M are trained ({config.method}); "
                 f"{steps} steps of {config.rows} rows of {context} tokens"
             )
+            if unseen:
+                progress.say(
+                    f"the model has never seen {_spelled(tokenizer, unseen)}: their vectors are trained too"
+                )
             announce(training, predicted)
             close(training, predicted, train(training))
 
@@ -223,19 +231,43 @@ def is_held_out(example: Example, fraction: float) -> bool:
     return int(sha256_bytes(asked.encode("utf-8", "replace"))[:8], 16) < fraction * 2**32
 
 
-def prepare_model(config: FinetuneConfig, model: Decoder) -> AdapterConfig | None:
-    """Give a model the adapters that the method asks for; None where every weight is trained."""
+@torch.no_grad()
+def unseen_tokens(model: Decoder, tokenizer: Tokenizer, rows: Lessons, device: Device) -> list[int]:
+    """The special tokens of the examples, when the model has never seen them: when it does not expect the one that ends an
+    answer at the end of one."""
+    batch = to_device(rows.batch(0, min(4, rows.rows)), device, True)
+    hidden = model.eval()(batch.tokens, positions=batch.positions, documents=batch.documents)
+    special = torch.tensor(sorted(tokenizer.special.values()), device=hidden.device)
+    ends = torch.isin(batch.labels, special)
+    if not ends.any():
+        return []
+    logs = model.logits(hidden[ends]).float().log_softmax(-1).gather(1, batch.labels[ends][:, None])
+    present = np.unique(np.concatenate([lesson.tokens for lesson in rows.lessons]))
+    seen = float(logs.mean()) > math.log(EXPECTED)
+    return [] if seen else [int(token) for token in present if tokenizer.is_special(int(token))]
+
+
+def _spelled(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    return " ".join(tokenizer.decode([token], keep_special=True) for token in tokens)
+
+
+def prepare_model(config: FinetuneConfig, model: Decoder, unseen: list[int]) -> AdapterConfig | None:
+    """Give a model the adapters that the method asks for, and let tokens it has never seen be trained besides; None where
+    every weight is trained."""
     if config.method == "full":
         model.requires_grad_(True)
         return None
     if config.method == "qlora":
         quantize_layers(model, 4)
     if config.adapter is not None:
-        return open_adapter(config.adapter, model)
-    adapter = AdapterConfig(
-        config.rank, config.alpha, tuple(config.targets), config.adapter_dropout, config.method == "dora"
-    )
-    adapt(model, adapter, config.seed)
+        adapter = open_adapter(config.adapter, model)
+    else:
+        adapter = AdapterConfig(
+            config.rank, config.alpha, tuple(config.targets), config.adapter_dropout, config.method == "dora"
+        )
+        adapt(model, adapter, config.seed)
+    if unseen:
+        train_rows(model, unseen)
     return adapter
 
 
@@ -248,6 +280,8 @@ def keep_model(run: Run, artifact: Artifact, adapter: AdapterConfig | None, less
         save_artifact(run.model_path, model, artifact.tokenizer, generation=generation)
         return
     save_artifact(run.model_path, merged(model), artifact.tokenizer, generation=generation)
+    if model.embedding.weight.requires_grad:  # PEFT's layout has adapters of layers, not of tokens
+        return
     try:
         save_adapter(run.path / "adapter", model, adapter, str(artifact.path))
     except InputError as error:
@@ -263,9 +297,8 @@ def _answer_ends(tokenizer: Tokenizer, lessons: list[Lesson]) -> set[int]:
 
 def _optimization(config: FinetuneConfig) -> OptimizationConfig:
     rate = config.learning_rate or LEARNING_RATES[config.method]
-    return OptimizationConfig(
-        "adamw", rate, rate, config.weight_decay, config.clip, config.warmup, config.decay
-    )
+    shrink = config.weight_decay if config.method == "full" else 0.0  # rows that are not trained must stay
+    return OptimizationConfig("adamw", rate, rate, shrink, config.clip, config.warmup, config.decay)
 
 
 def _course(
