@@ -1,11 +1,12 @@
 """Every command in the documentation runs, in order, as written; only sizes are made small so that it takes seconds.
 
 Read are the fenced blocks marked `sh` and `python` of README.md and docs/*.md. A block is left out when the line before
-it is `<!-- no-test: reason -->`. All run in one folder, which holds `my_folder/` with some text, `my_pairs.tsv` and files
-like it with sentences and their counterparts, and `recipes/` with a small copy of every recipe; README.zh.md must show the
+it is `<!-- no-test: reason -->`. All run in one folder, which holds `my_folder/` with some text, `my.jsonl` with questions and answers, `my_pairs.tsv` and files like it
+with sentences and their counterparts, and `recipes/` with a small copy of every recipe; README.zh.md must show the
 same commands as README.md.
 """
 
+import json
 import os
 import re
 import shlex
@@ -63,6 +64,8 @@ def quick(command: str) -> str:
         command = re.sub(r"\s--(size|minutes|epochs|steps)[ =]\S+", "", command)
         small = QUICK_PAIRS if " --pairs " in command else QUICK
         return command + "".join(f" --{name} {value}" for name, value in small.items())
+    if re.match(r"glasshouse finetune\b", command) and "--resume" not in command:
+        return re.sub(r"\s--epochs[ =]\S+", "", command) + " --steps 2 --validations 1 --threads 1"
     if re.match(r"glasshouse prepare\b", command):
         command = re.sub(r"\s--vocab_size[ =]\S+", "", command) + " --vocab_size 400"
     return command
@@ -104,6 +107,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in part))
     (folder / "sentences.txt").write_text("".join(f"{source}\n" for source, _ in pairs[-3:]))
     (folder / "answers.txt").write_text("".join(f"{target}\n" for _, target in pairs[-3:]))
+    asked = [
+        {"prompt": f"Where does the {a} live?", "completion": f"In the {p}."} for a in ANIMALS for p in PLACES
+    ]
+    (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     (folder / "recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
         recipe = quick_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
