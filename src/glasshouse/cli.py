@@ -218,7 +218,31 @@ def _pretrain(words: list[str]) -> int:
 
 
 def _finetune(words: list[str]) -> int:
-    return _make("finetune", words)
+    out = next((words[place + 1] for place, word in enumerate(words[:-1]) if word == "--out"), None)
+    out = out or next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
+    _make("finetune", words)
+    _report_forgetting(Path(out or "."))
+    return 0
+
+
+def _report_forgetting(path: Path) -> None:
+    """Measure what a finished fine-tune forgot, attach it, and write the card."""
+    from glasshouse.device import open_device
+    from glasshouse.evaluation.forgetting import corpus_behind, measure_forgetting
+    from glasshouse.run import open_run
+
+    run = open_run(path)
+    facts = run.read()
+    if facts.get("status") != "finished":
+        return
+    corpus = corpus_behind(path)
+    if corpus is None:
+        print("forgetting: not measured, because the corpus of the base model is not known here")
+    else:
+        report = measure_forgetting(path, Path(facts["base"]), corpus, open_device(facts["device"]["kind"]))
+        run.attach("forgetting", report)
+        print(f"forgetting: {report['verdict']}")
+    _write_card(path)
 
 
 def _evaluate(words: list[str]) -> int:
@@ -248,11 +272,11 @@ def _generate(words: list[str]) -> int:
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if beams and not beams.isdigit():
-        raise InputError(f"{beams!r} is not a whole number", "--beams", "give the number of texts kept at a time")
+        raise InputError(
+            f"{beams!r} is not a whole number", "--beams", "give the number of texts kept at a time"
+        )
     options = AnswerOptions(form, draft, int(beams or 0))
-    generate_text(
-        path, prompt, config, open_device(where, number_format, config.seed), options=options
-    )
+    generate_text(path, prompt, config, open_device(where, number_format, config.seed), options=options)
     return 0
 
 
