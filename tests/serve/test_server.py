@@ -36,7 +36,7 @@ TEXT = "/v1/completions"
 @pytest.fixture(scope="module")
 def strict(model_folder: Path) -> Iterator[Live]:
     """A server with little patience."""
-    limits = Limits(body_bytes=100_000, body_seconds=0.4, header_seconds=0.4)
+    limits = Limits(body_bytes=100_000, body_seconds=0.4, header_seconds=0.4, linger_seconds=0.4)
     with running(model_folder, limits=limits) as server:
         yield server
 

@@ -15,9 +15,9 @@ from tests.serve.conftest import COUNT, GREETING, Live, running
 from glasshouse.inference.request import EngineSettings, Request
 from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.serve import completions
-from glasshouse.serve.metrics import Metrics
+from glasshouse.serve.metrics import Line, Metrics
 from glasshouse.serve.openai import PING
-from glasshouse.serve.stream import Job, with_pings
+from glasshouse.serve.stream import EventStream, Job
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -221,14 +221,21 @@ def test_without_being_asked_no_prompt_is_logged(live: Live):
     assert "private" not in live.output.getvalue()
 
 
-def test_a_silent_stream_is_kept_alive():
+def test_a_silent_stream_is_kept_alive(live: Live):
     async def slow() -> Any:
         yield b"a"
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.2)
         yield b"b"
 
     async def gather() -> list[bytes]:
-        return [event async for event in with_pings(slow(), 0.03)]
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        job = Job(live.house, live.house.models["chat"], [], Metrics(dict))
+        await EventStream(slow(), job, Line("", "", "", ""), 0.05).stream_response(send)
+        return [body for body in sent if body]
 
     found = asyncio.run(gather())
     assert [event for event in found if event != PING] == [b"a", b"b"]

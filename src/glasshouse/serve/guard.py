@@ -54,6 +54,8 @@ class Limits:
         header_lines: most lines of a header.
         header_seconds: longest time for a header to arrive.
         request_seconds: longest time for everything, the answer's way to the client included.
+        linger_seconds: how long what is left of a refused body is still read, so that the refusal is not lost with the
+            connection.
         connections: most connections at once.
     """
 
@@ -63,6 +65,7 @@ class Limits:
     header_lines: int = 100
     header_seconds: float = 10.0
     request_seconds: float = 600.0
+    linger_seconds: float = 2.0
     connections: int = 1024
 
 

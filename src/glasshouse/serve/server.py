@@ -32,8 +32,6 @@ from glasshouse.serve.openai import ApiError, to_json
 
 KEY_VARIABLE = "GLASSHOUSE_KEY"
 SHORTEST_KEY = 8
-LINGER_SECONDS = 2.0
-"""How long what is left of a refused body is still read, so that the refusal is not lost with the connection."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +332,7 @@ class GuardedProtocol(H11Protocol):
         """The answer is out; whoever is still sending gets a moment to read it."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
-            self._linger = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+            self._linger = self.loop.call_later(self._limits.linger_seconds, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, with the status that says what is wrong with it."""

@@ -50,9 +50,12 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         self._tickets: dict[int, int] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._started = time.monotonic()
-        self.seconds_to_first = 0.0
         self.count = 0
+        self._first_token = metrics.first_token.labels(served.name)
+        self._token_time = metrics.token_time.labels(served.name)
+        self._written = metrics.tokens.labels(served.name, "written")
 
     @property
     def model(self) -> str:
@@ -78,6 +81,8 @@ class Job:
             self.close()
             raise
         self.house.work.add(self)
+        late = ApiError(504, "the answer took too long and was stopped", None, "timeout")
+        self._timer = self._loop.call_later(self.house.request_seconds, self.fail, late)
 
     def _listener(self, index: int) -> Any:
         def hear(event: Event) -> None:
@@ -93,6 +98,8 @@ class Job:
     def close(self) -> None:
         """Give the engine back what is not finished. May be called twice."""
         self.house.work.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
         tickets, self._tickets = self._tickets, {}
         for ticket in tickets.values():
             self._thread.cancel(ticket)
@@ -106,11 +113,7 @@ class Job:
         """
         latest = self._started
         while self._tickets:
-            left = self._started + self.house.request_seconds - time.monotonic()
-            try:
-                found = await asyncio.wait_for(self._queue.get(), max(left, 0.001))
-            except TimeoutError:
-                raise ApiError(504, "the answer took too long and was stopped", None, "timeout") from None
+            found = await self._queue.get()
             if isinstance(found, Exception):
                 raise found
             index, event = found
@@ -126,27 +129,32 @@ class Job:
         moment = time.monotonic()
         self.count += 1
         if self.count == 1:
-            self.seconds_to_first = moment - self._started
-            self.metrics.first_token.labels(self._served.name).observe(self.seconds_to_first)
+            self._first_token.observe(moment - self._started)
         else:
-            self.metrics.token_time.labels(self._served.name).observe(moment - latest)
-        self.metrics.tokens.labels(self._served.name, "written").inc()
+            self._token_time.observe(moment - latest)
+        self._written.inc()
         return moment
 
 
 class EventStream(StreamingResponse):
     """Server-sent events of a job; the engine gets back what it holds however the sending ends.
 
+    A comment is sent whenever no event came for a while, so that nobody between takes the line for dead.
+
     Args:
         events: the encoded events.
         job: closed at the end.
         line: the log's line of it.
+        ping_seconds: how long a silence may be.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], job: Job, line: Line):
+    def __init__(
+        self, events: AsyncIterator[bytes], job: Job, line: Line, ping_seconds: float = PING_SECONDS
+    ):
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(with_pings(events), media_type="text/event-stream", headers=headers)
-        self._job, self._line = job, line
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._job, self._line, self._ping_seconds = job, line, ping_seconds
+        self._latest = time.monotonic()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send it, ASGI's way."""
@@ -156,24 +164,26 @@ class EventStream(StreamingResponse):
             self._line.note(tokens=self._job.count)
             self._job.close()
 
+    async def stream_response(self, send: Any) -> None:
+        """Send the events, and a comment into each long silence between them."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pings = asyncio.ensure_future(self._ping(send))
+        try:
+            async for event in self.body_iterator:
+                self._latest = time.monotonic()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            pings.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-async def with_pings(events: AsyncIterator[bytes], seconds: float = PING_SECONDS) -> AsyncIterator[bytes]:
-    """The events, and a comment whenever none came for so long, so that nobody between takes the line for dead."""
-    waiting: asyncio.Future[bytes] = asyncio.ensure_future(anext(events))
-    try:
+    async def _ping(self, send: Any) -> None:
         while True:
-            done, _ = await asyncio.wait({waiting}, timeout=seconds)
-            if not done:
-                yield PING
-                continue
-            try:
-                event = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = asyncio.ensure_future(anext(events))
-            yield event
-    finally:
-        waiting.cancel()
+            silence = time.monotonic() - self._latest
+            if silence >= self._ping_seconds:
+                self._latest = time.monotonic()
+                await send({"type": "http.response.body", "body": PING, "more_body": True})
+            else:
+                await asyncio.sleep(self._ping_seconds - silence)
 
 
 async def unless_gone(request: HttpRequest, work: Awaitable[Result]) -> Result:

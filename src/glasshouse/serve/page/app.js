@@ -111,7 +111,7 @@ function renderLegend() {
   legend.classList.toggle("looking", Boolean(looking));
   legend.replaceChildren(
     el("span.scale", {}, t(looking ? "legendLittle" : "legendSure"), el("span.swatches", {}, ...scale(looking ? "a" : "s")), t(looking ? "legendLooked" : "legendSurprised")),
-    state.open && !looking ? "" : el("span.hint", {}, t(looking ? "legendAttention" : "legendHint")));
+    state.open ? "" : el("span.hint", {}, t("legendHint")));
 }
 
 function notice(words, retry = null) {

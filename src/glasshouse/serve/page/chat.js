@@ -211,6 +211,7 @@ function thumbs(node, inPair) {
 
 async function copy(text, button) {
   await navigator.clipboard?.writeText(text).catch(() => undefined);
+  document.getElementById("live").textContent = t("copied");
   button.classList.add("done");
   setTimeout(() => button.classList.remove("done"), 900);
 }

@@ -20,6 +20,7 @@ function show(title, ...content) {
   if (!dialog.open) dialog.showModal();
 }
 
+dialog.addEventListener("close", () => dialog.replaceChildren()); // a key, above all, does not stay there
 dialog.addEventListener("click", (event) => {
   if (event.target === dialog) dialog.close(); // a click beside it
 });

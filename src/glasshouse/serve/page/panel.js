@@ -2,7 +2,7 @@
 
 import { bar, el, iconButton, percent, svg, visible, word } from "./dom.js";
 import { t } from "./i18n.js";
-import { bits, details, explanation, locate, weights } from "./seethrough.js";
+import { bits, details, explanation, groups, locate, weights } from "./seethrough.js";
 import { state, tell } from "./state.js";
 import { openSpan, openToken, paintAttention, step } from "./tokens.js";
 import { before, path } from "./tree.js";
@@ -11,6 +11,7 @@ import { branch } from "./writer.js";
 const panel = document.getElementById("panel");
 const TABS = ["chances", "layers", "attention"];
 const MOST_LOOKED = 6;
+const MOST_ON_MAP = 16; // layers or heads; more would be too small to point at
 const WAIT = 120; // milliseconds before saying that something takes a while
 
 /** Draw the panel for the open token, or close it. */
@@ -46,11 +47,19 @@ function header(found) {
   const chance = token.probability === null ? null : token.rank === 1 ? t("chanceFirst", { chance: percent(token.probability) })
     : t("chanceOf", { chance: percent(token.probability), rank: token.rank });
   return el("header", {},
-    el("div.word", {}, el("h2", { dir: "auto" }, word(token.text || "\ufffd")), el("p", {}, chance ?? "")),
+    el("div.word", {}, el("h2", { dir: "auto" }, word(token.text || "\ufffd")), el("p", {}, [chance, partOf(found)].filter(Boolean).join(". "))),
     el("div.row", {},
       iconButton("left", t("previousWord"), () => step(-1), { id: "panel-previous" }),
       iconButton("right", t("nextWord"), () => step(1), { id: "panel-next" }),
       iconButton("close", t("close"), closePanel, { id: "panel-close" })));
+}
+
+/** Which part of a character the open token is, where one takes several. */
+function partOf(found) {
+  const { index } = state.open;
+  const pieces = [...locate(found, lineTo(state.open.leaf)).values()].find((list) => list.some((piece) => piece.index === index)) ?? [];
+  const indices = groups(pieces).find((group) => group.indices.includes(index))?.indices ?? [];
+  return indices.length > 1 ? t("part", { number: indices.indexOf(index) + 1, count: indices.length }) : "";
 }
 
 function tabs() {
@@ -145,7 +154,7 @@ function layers(view, found, index) {
     el("span.label", { dir: "auto" }, word(layer.top[0].text)),
     bar(layer.top[0].probability), el("span.number", {}, percent(layer.top[0].probability)),
     el("span.also", { dir: "auto" }, ...layer.top.slice(1, 4).flatMap((other) => [word(other.text), "   "])),
-    number === first ? el("span.mark", {}, t("leads", { word: shown })) : null))));
+    number === first ? el("span.leads", {}, t("leads", { word: shown })) : null))));
     if (first < 0) view.append(el("p.note", {}, t("leadsNever", { word: shown })));
   });
 }
@@ -160,9 +169,36 @@ function attention(view, found, index) {
   }
   return whenKnown(view, found, index, (answer) => {
     const result = el("div");
-    view.append(pickers(answer.attention, () => showWeights(result, found, answer.attention)), result);
-    showWeights(result, found, answer.attention);
+    const map = el("div.heads");
+    const changed = () => {
+      map.replaceChildren(...headMap(answer.attention, changed));
+      showWeights(result, found, answer.attention);
+    };
+    view.append(pickers(answer.attention, changed), map, result);
+    changed();
   });
+}
+
+/** A small map of all heads, a row for each layer: darker where a head looks at few words. For pointing; the lists above do the same. */
+function headMap(all, changed) {
+  const most = Math.max(all.length, all[0].length);
+  if (all[0][0].length < 2 || most > MOST_ON_MAP) return [];
+  const cells = all.flatMap((heads, layer) => heads.map((row, head) => {
+    const chosen = (state.layer < 0 || state.layer === layer) && (state.head < 0 || state.head === head) && state.layer + state.head > -2;
+    const cell = svg("rect", { x: head * 14 + 1, y: layer * 14 + 1, width: 12, height: 12, rx: 3, class: chosen ? "chosen" : "" },
+      svg("title", {}, `${t("layer")} ${layer + 1}, ${t("head")} ${head + 1}`));
+    cell.style.fillOpacity = 0.1 + 0.9 * Math.max(...row.slice(1)) ** 2; // squared: the eye tells full from nearly full badly
+    cell.addEventListener("click", () => {
+      const same = state.layer === layer && state.head === head;
+      [state.layer, state.head] = same ? [-1, -1] : [layer, head];
+      for (const name of ["layer", "head"]) document.getElementById(`pick-${name}`).value = String(state[name]);
+      changed();
+    });
+    return cell;
+  }));
+  const [width, height] = [all[0].length * 14, all.length * 14];
+  return [svg("svg", { viewBox: `0 0 ${width} ${height}`, width: width * 1.25, height: height * 1.25, "aria-hidden": "true" }, ...cells),
+    el("p.note", {}, t("headsWhy"))];
 }
 
 function pickers(all, changed) {
@@ -196,6 +232,7 @@ function showWeights(result, found, all) {
 function around(tokens, index) {
   const earlier = tokens.slice(Math.max(0, index - 3), index).filter((token) => !token.special).map((token) => token.text).join("");
   const fragment = document.createDocumentFragment();
+  if (index === 0 && tokens[0].special) return t("beginning");
   fragment.append(el("span.context", {}, earlier.replace(/\s+/g, " ").slice(-14)), el("strong", {}, word(tokens[index].text || "\ufffd")));
   return fragment;
 }

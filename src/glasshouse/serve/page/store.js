@@ -29,24 +29,30 @@ export async function openStore() {
   }
 }
 
-const table = (way) => database.transaction(TABLE, way).objectStore(TABLE);
+/** Change the table; done only when the change is committed: a page that closes right after a request may undo it. */
+const change = (ask) => new Promise((resolve, reject) => {
+  const transaction = database.transaction(TABLE, "readwrite");
+  ask(transaction.objectStore(TABLE));
+  transaction.oncomplete = () => resolve();
+  transaction.onerror = transaction.onabort = () => reject(transaction.error);
+});
 
 /** All conversations, the latest first. */
 export async function allConversations() {
-  const all = database ? await finished(table("readonly").getAll()) : [...memory.values()];
+  const all = database ? await finished(database.transaction(TABLE).objectStore(TABLE).getAll()) : [...memory.values()];
   return all.sort((one, other) => other.updated - one.updated);
 }
 
 /** Keep a conversation as it is now. */
 export async function save(conversation) {
   if (!database) memory.set(conversation.id, conversation);
-  else await finished(table("readwrite").put(conversation));
+  else await change((table) => table.put(conversation));
 }
 
 /** Forget a conversation. */
 export async function remove(id) {
   memory.delete(id);
-  if (database) await finished(table("readwrite").delete(id));
+  if (database) await change((table) => table.delete(id));
 }
 
 /** A small choice: theme, language, settings. */
