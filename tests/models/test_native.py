@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from glasshouse.models import native
+from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.models.layers import (
     CODE_GROUP,
     FeedForward,
     QuantizedLinear,
+    Tap,
     rotary_frequencies,
     rotary_table,
     rotate,
     swap_linears,
 )
-from glasshouse.models.native import HeadNorms, Matrices, Weight
+from glasshouse.models.native import HeadNorms, Matrices, Paged, Pages, Weight
 
 needs_native = pytest.mark.skipif(
     not native.cpu_features() >= native.CPU_FEATURES or not native.build_command(),
@@ -244,18 +246,6 @@ def test_heads(dtype: torch.dtype, width: int, normed: bool, rows: int):
     assert torch.equal(plain.flatten(2), multiply(hidden, weights))
 
 
-@needs_native
-@pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_feed_forward(bits: int, dtype: torch.dtype):
-    gate, up = (weight_of(random(72, 50, seed=seed), random(72, seed=7), bits, dtype) for seed in (3, 4))
-    down = weight_of(random(33, 72, seed=5), random(33, seed=6), bits, dtype)
-    hidden = random(2, 9, 50, dtype=dtype)
-    for weights, activation in (((gate, up), "silu"), ((up,), "gelu_tanh")):
-        found = native.feed_forward(hidden, Matrices(weights, dtype, activation), Matrices((down,), dtype))
-        assert torch.equal(found, multiply(multiply(hidden, weights, activation), (down,)))
-
-
 def tiny_layers() -> Iterator[FeedForward]:
     yield FeedForward(32, 64, "silu", True, False)
     quantized = FeedForward(32, 64, "silu", True, True)
@@ -302,7 +292,7 @@ def test_rows_of_one_text_see_each_other():
     query, keys, values = (random(3, 2, 16, seed=seed) for seed in range(3))
     pool = [torch.full((2, 8, 2, 16), math.nan) for _ in range(2)]
     tables, lengths = torch.zeros(3, 1, dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
-    found = native.attend_paged(query, pool[0], pool[1], tables, lengths, (keys, values))
+    found = native.attend_paged(query, Pages(*pool, tables, lengths), (keys, values))
     expected = functional.scaled_dot_product_attention(
         *(part.double().transpose(0, 1)[None] for part in (query, keys, values)), is_causal=True
     )
@@ -335,8 +325,9 @@ def test_paged_attention(dtype: torch.dtype, heads: int, groups: int, width: int
     for row in range(batch):  # the new token's own place is empty until it is kept
         for pool in (pool_keys, pool_values):
             pool[tables[row, lengths[row] // 8], lengths[row] % 8] = math.nan
-    found = native.attend_paged(query, pool_keys, pool_values, tables, lengths, (new[0], new[1]), window)
-    again = native.attend_paged(query, pool_keys, pool_values, tables, lengths, None, window, width**-0.5)
+    pages = Pages(pool_keys, pool_values, tables, lengths)
+    found = native.attend_paged(query, pages, (new[0], new[1]), window)
+    again = native.attend_paged(query, pages, None, window, width**-0.5)
     assert torch.equal(found, again), "the new token was kept at its place"
     for row in range(batch):
         end = int(lengths[row]) + 1
@@ -346,15 +337,8 @@ def test_paged_attention(dtype: torch.dtype, heads: int, groups: int, width: int
             query[row, :, None].double(), *part, enable_gqa=True
         )[:, 0]
         assert_close(found[row], expected, dtype, 2)
-        alone = native.attend_paged(
-            query[row : row + 1],
-            pool_keys,
-            pool_values,
-            tables[row : row + 1].contiguous(),
-            lengths[row : row + 1],
-            None,
-            window,
-        )
+        pages = Pages(pool_keys, pool_values, tables[row : row + 1].contiguous(), lengths[row : row + 1])
+        alone = native.attend_paged(query[row : row + 1], pages, None, window)
         assert torch.equal(alone[0], found[row])
 
 
@@ -364,16 +348,18 @@ def test_a_contiguous_cache_is_one_block_a_row():
     keys, values = (random(2, 2, 50, 16, seed=seed) for seed in (1, 2))  # [B, G, S, d]
     lengths = torch.tensor([49, 20], dtype=torch.int32)
     tables = torch.arange(2, dtype=torch.int32)[:, None].contiguous()
-    found = native.attend_paged(query, keys.transpose(1, 2), values.transpose(1, 2), tables, lengths)
+    found = native.attend_paged(query, Pages(keys.transpose(1, 2), values.transpose(1, 2), tables, lengths))
     pools = [paged(part.transpose(1, 2), 16, 3) for part in (keys, values)]
-    assert torch.equal(found, native.attend_paged(query, pools[0][0], pools[1][0], pools[0][1], lengths))
+    assert torch.equal(
+        found, native.attend_paged(query, Pages(pools[0][0], pools[1][0], pools[0][1], lengths))
+    )
 
 
 @needs_native
 def test_large_scores_do_not_overflow():
     query, keys, values = random(1, 1, 16) * 300, random(1, 40, 1, 16, seed=1), random(1, 40, 1, 16, seed=2)
     tables, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([39], dtype=torch.int32)
-    found = native.attend_paged(query, keys, values, tables, lengths)
+    found = native.attend_paged(query, Pages(keys, values, tables, lengths))
     expected = functional.scaled_dot_product_attention(
         query[:, :, None].double(), keys.transpose(1, 2).double(), values.transpose(1, 2).double()
     )[:, :, 0]
@@ -438,3 +424,118 @@ def test_without_a_compiler_or_a_place_to_keep_it(tmp_path: Path):
     assert ["no C++ compiler" in answer.stderr for answer in answers] == [True, False]
     (tmp_path / "file").touch()
     assert run_python(ASK, tmp_path / "file").stdout.strip() == "False"
+
+
+# ---- whole blocks
+
+SHAPES = {
+    "llama": DecoderConfig(40, 48, 2, 6, 2, 16, 80, 64, query_key_norm=False),
+    "qwen": DecoderConfig(40, 48, 2, 6, 3, 16, 80, 64, query_key_norm=True, sliding_window=5),
+    "biased": DecoderConfig(
+        40, 48, 2, 4, 4, 12, 80, 64, bias="all", activation="gelu_tanh", query_key_norm=False
+    ),
+}
+
+
+class Texts(Paged):
+    """Some texts as a cache; without `pages` what a test compares with."""
+
+    length = 0
+
+    def __init__(self, config: DecoderConfig, batch: int, dtype: torch.dtype):
+        shape = (config.num_layers, 2, batch + 1, 64, config.num_key_value_heads, config.head_dim)
+        self.memory = torch.zeros(shape, dtype=dtype)
+        self.tables = torch.arange(1, batch + 1, dtype=torch.int32)[:, None].contiguous()
+        self.lengths = torch.zeros(batch, dtype=torch.int32)
+
+    def pages(self, layer: int) -> Pages:
+        return Pages(*self.memory[layer], self.tables, self.lengths)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        tap: Tap | None,
+        name: str,
+    ) -> Tensor:
+        found = torch.zeros_like(query)
+        for row, length in enumerate(self.lengths.tolist()):
+            for kept, new in zip(self.memory[layer], (key, value), strict=True):
+                kept[row + 1, length] = new[0, :, row]
+            start = 0 if window is None else max(0, length + 1 - window)
+            keys, values = (kept[row + 1, start : length + 1].transpose(0, 1) for kept in self.memory[layer])
+            found[0, :, row] = functional.scaled_dot_product_attention(
+                query[0, :, row, None], keys, values, enable_gqa=True
+            )[:, 0]
+        return found
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_block_is_its_parts_and_pytorchs(
+    shape: str, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+):
+    config = SHAPES[shape]
+    with torch.inference_mode(False), torch.no_grad():
+        model = Decoder(config).to(dtype).eval()
+        for seed, parameter in enumerate(model.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=seed) * (0.3 if parameter.dim() > 1 else 1.0))
+        if bits:
+            swap_linears(model, lambda layer: QuantizedLinear.from_linear(layer.weight, layer.bias, bits))
+    assert all(layer.native_parts(dtype) is not None for layer in model.layers)
+    found: dict[str, list[Tensor]] = {"block": [], "parts": [], "torch": []}
+    for way, hiddens in found.items():
+        cache = Texts(config, 3, dtype)
+        if way == "parts":
+            monkeypatch.setattr(type(model.layers[0]), "_native_block", lambda self, hidden: None)
+        elif way == "torch":
+            monkeypatch.setattr(native, "available", lambda: False)
+        for position in range(9):
+            cache.lengths.copy_(torch.tensor([position, position // 2, 2 * position]))
+            tokens = (torch.arange(4) * 7 + position)[None] % 40  # the fourth is padding
+            hiddens.append(
+                model(tokens, positions=torch.cat([cache.lengths, cache.lengths[:1]])[None], cache=cache)[
+                    0, :3
+                ]
+            )
+    block, parts, pytorch = (torch.stack(hiddens) for hiddens in found.values())
+    assert_close(block, parts, dtype, 10)  # attention is another's: the rest is bit-equal
+    limit = 0.05 if bits else 100 * TOLERANCE[dtype] / 20
+    assert (block.float() - pytorch.float()).norm() <= limit * pytorch.float().norm()
+
+
+@needs_native
+@torch.inference_mode(False)
+@torch.no_grad()
+def test_block_sees_replaced_and_moved_weights():
+    config = SHAPES["llama"]
+    model = Decoder(config).eval()
+
+    def read() -> Tensor:
+        positions = torch.zeros(1, 1, dtype=torch.int64)
+        return model(
+            torch.ones(1, 1, dtype=torch.int64),
+            positions=positions,
+            cache=Texts(config, 1, model.norm.weight.dtype),
+        )
+
+    before = read()
+    copied = copy.deepcopy(model)
+    model.layers[1].attention.output.weight.mul_(2)
+    assert not torch.equal(read(), before)
+    model.load_state_dict(copied.state_dict())
+    assert torch.equal(read(), before)
+    model.layers[0].feed_forward.up = copy.deepcopy(model.layers[0].feed_forward.gate)
+    changed = read()
+    assert not torch.equal(changed, before)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert torch.equal(read(), changed)
+    assert (model.bfloat16(), read())[1].dtype == torch.bfloat16
+    model.layers[0].attention.output = torch.nn.Identity()  # of a kind that is not known
+    assert model.layers[0].native_parts(torch.bfloat16) is None

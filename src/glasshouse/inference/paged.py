@@ -161,7 +161,7 @@ class PromptView:
         return self._seen[number, window]
 
 
-class RowsView:
+class RowsView(native.Paged):
     """Tokens of answers, one to a row, as a cache: tokens [1, N], each with a text of its own, padded at the end.
 
     Several rows may belong to one text, at positions one after another: each sees those before it.
@@ -182,7 +182,7 @@ class RowsView:
         ]
         self._slots = torch.tensor(slots, dtype=torch.int64).to(device)
         self._seen: dict[int | None, list[tuple[Tensor, slice | Tensor, Tensor]]] = {}
-        self._pages: tuple[Tensor, Tensor] | None = None
+        self._places: tuple[Tensor, Tensor] | None = None
 
     def attend(
         self,
@@ -200,7 +200,7 @@ class RowsView:
         """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         if tap is None and native.suits(query) and query.shape[3] <= native.MOST_HEAD_DIM:
-            return self._read_natively(query, (key, value), (keys, values), window)
+            return self._read_natively(layer, query, (key, value), window)
         _keep(keys, self._slots, key)
         _keep(values, self._slots, value)
         read = torch.zeros_like(query)
@@ -214,18 +214,21 @@ class RowsView:
             read[0].index_copy_(1, rows, found[:, :, 0].transpose(0, 1))
         return read
 
-    def _read_natively(
-        self, query: Tensor, new: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor], window: int | None
-    ) -> Tensor:
-        count, padding = len(self._positions), query.shape[2] - len(self._positions)
-        if self._pages is None:
-            tables = np.zeros((count, max(map(len, self._tables))), np.int32)
+    def pages(self, layer: int) -> native.Pages:
+        """Where the texts' keys and values of a layer lie."""
+        if self._places is None:
+            tables = np.zeros((len(self._tables), max(map(len, self._tables))), np.int32)
             for row, table in enumerate(self._tables):
                 tables[row, : len(table)] = table
-            places = np.array(self._positions, np.int32)
-            self._pages = torch.from_numpy(tables), torch.from_numpy(places)
+            self._places = torch.from_numpy(tables), torch.from_numpy(np.array(self._positions, np.int32))
+        return native.Pages(self._cache.keys[layer], self._cache.values[layer], *self._places)
+
+    def _read_natively(
+        self, layer: int, query: Tensor, new: tuple[Tensor, Tensor], window: int | None
+    ) -> Tensor:
+        count, padding = len(self._positions), query.shape[2] - len(self._positions)
         rows, key, value = (_as_rows(part, count) for part in (query, *new))
-        read = native.attend_paged(rows, *kept, *self._pages, (key, value), window)
+        read = native.attend_paged(rows, self.pages(layer), (key, value), window)
         read = functional.pad(read, (0, 0, 0, 0, 0, padding)) if padding else read
         return read.transpose(0, 1)[None]
 
@@ -316,8 +319,8 @@ def equal_sizes(model: Decoder, largest: int) -> list[list[int]]:
     """Numbers of rows, up to at least `largest`, grouped so that within a group each row gets the same bits.
 
     Matrix libraries add up in an order that depends on the number of rows, so that the same text in a larger batch may
-    get other last bits. Which numbers agree is measured, on one layer with the output head, and on products of the
-    same shapes whose exact value is 0, so that nothing but the order of their sums is seen.
+    get other last bits. Which numbers agree is measured: on one layer, and on products in the shapes of its matrices and
+    of the output head whose exact value is 0, so that nothing but the order of their sums is seen.
     """
     sizes = [size for size in SIZES if size < largest]
     sizes.append(next((size for size in SIZES if size >= largest), largest))
@@ -359,7 +362,7 @@ def _agree(known: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
 
 
 def _one_layer(model: Decoder, rows: Tensor) -> Tensor:
-    return model.logits(model.norm(model.layers[0](rows[None], None, None, True, _Passing())))[0]
+    return model.norm(model.layers[0](rows[None], None, None, True, _Passing()))[0]
 
 
 def _product_shapes(model: Decoder) -> set[tuple[int, int]]:
@@ -392,8 +395,9 @@ class Reader:
     def __init__(self, model: Decoder, cache: PagedCache, rows: int, piece: int):
         self.model, self.cache = model, cache
         groups = equal_sizes(model, max(rows, piece))
-        # For prompts what agrees with the largest number; for answers the group that is fit for one row, but for many too.
-        self._piece_sizes = groups[0]
+        # For prompts what agrees with a whole piece; for answers the group that is fit for one row, but for many too.
+        whole = fitting(piece, sorted(size for group in groups for size in group))
+        self._piece_sizes = next(group for group in groups if whole in group)
         self._row_sizes = min(
             (group for group in groups if group[-1] >= min(rows, 32)), key=lambda group: group[0]
         )

@@ -133,16 +133,16 @@ def attend(
         for piece in query.tensor_split(blocks, dim=2):
             end = start + piece.shape[2]
             part = mask[:, :, start:end, :end] if mask is not None else None
-            pieces.append(_read(piece, key[:, :, :end], value[:, :, :end], part, None, name))
+            pieces.append(attend_explicitly(piece, key[:, :, :end], value[:, :, :end], part, None, name))
             start = end
         return torch.cat(pieces, dim=2)
-    return _read(query, key, value, mask, tap, name)
+    return attend_explicitly(query, key, value, mask, tap, name)
 
 
-def _read(
+def attend_explicitly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tap: Tap | None, name: str
 ) -> Tensor:
-    """`attend`, spelled out, for queries that are scaled already."""
+    """`attend`, spelled out, for queries that are scaled already; for a few queries and keys the quicker of the two."""
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     # One matrix product per key head: the query heads that share it are stacked along the positions.
@@ -220,15 +220,18 @@ class Attention(nn.Module):
         read = read.transpose(1, 2).reshape(*hidden.shape[:-1], self.heads * self.head_dim)
         return touch(tap, f"{name}.output", self.output(touch(tap, f"{name}.read", read)))
 
+    def head_norms(self) -> HeadNorms | None:
+        """The norms of queries and keys, as the C++ kernels take them; None where there are none."""
+        if self.query_norm is None or self.key_norm is None:
+            return None
+        return HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
+
     def _native_heads(
         self, hidden: Tensor, matrices: Matrices, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...]:
         """Queries [B, H, T, d], keys and values [B, G, T, d] by the C++ kernels."""
-        norms = None
-        if self.query_norm is not None and self.key_norm is not None:
-            norms = HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.epsilon)
         counts = (self.heads, self.key_value_heads)
-        heads = native.heads(hidden.contiguous(), matrices, counts, norms, rotary)
+        heads = native.heads(hidden.contiguous(), matrices, counts, self.head_norms(), rotary)
         return heads.transpose(1, 2).split((*counts, self.key_value_heads), dim=1)
 
     def _heads(

@@ -4,7 +4,8 @@ One class covers the layouts of Qwen3, Llama, Mistral, Qwen2 and GPT-2; what dif
 config. Pure torch: tensors in, tensors out. Knows no text, no files and no training.
 """
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glasshouse.errors import InputError
+from glasshouse.models import native
 from glasshouse.models.attention import Attention, Cache, Mask, additive
 from glasshouse.models.layers import (
     Embedding,
     FeedForward,
     Linear,
     QuantizedLinear,
+    RootMeanSquareNorm,
     Tap,
+    make_matrices,
     multiply,
     norm_layer,
     rotary_frequencies,
@@ -77,6 +81,120 @@ class DecoderConfig:
     dropout: float = 0.0
 
 
+class NativeBlock:
+    """A decoder's block, checked once, as the library takes it.
+
+    Args:
+        heads: matrices of queries, keys and values.
+        output: the matrix that writes what was read.
+        feed_forward: its first matrices, with their activation, and its last.
+        norms: weights of the norms before attention and before the feed-forward network, and their epsilon.
+        counts: query heads and key heads.
+        head_norms: of queries and keys, or None.
+        window: how many positions back a query sees, itself included; None for all.
+    """
+
+    def __init__(
+        self,
+        heads: native.Matrices,
+        output: native.Matrices,
+        feed_forward: tuple[native.Matrices, native.Matrices],
+        norms: tuple[Tensor, Tensor, float],
+        counts: tuple[int, int],
+        head_norms: native.HeadNorms | None,
+        window: int | None,
+    ):
+        first, second = feed_forward
+        number = counts[0] + 2 * counts[1]
+        self.heads, self.counts, self.head_norms, self.head_dim = (
+            heads,
+            counts,
+            head_norms,
+            heads.columns // number,
+        )
+        fits = heads.columns == number * self.head_dim and output.width == counts[0] * self.head_dim
+        fits = (
+            fits
+            and heads.width == output.columns == first.width == second.columns
+            and first.columns == second.width
+        )
+        native.require(fits and counts[0] % counts[1] == 0, "the parts of a block must fit")
+        for weight in norms[:2]:
+            native.require(weight.dtype == heads.dtype and weight.numel() == heads.width, "norms must fit")
+        self.is_plain = any(part.is_plain for part in (heads, output, first, second))
+        self._parts = (heads, output, first, second, norms)
+        addresses = (heads.address, output.address, first.address, second.address)
+        numbers = (
+            norms[0].data_ptr(),
+            norms[1].data_ptr(),
+            counts[1],
+            window or 0,
+            self.head_dim**-0.5,
+            norms[2],
+        )
+        self._struct = native.BlockStructure(*addresses, *numbers)
+        self.address = ctypes.addressof(self._struct)
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """None in a copy of a model, and in another process: it makes its own."""
+        return native.nothing, ()
+
+
+def compute_block(
+    hidden: Tensor, by: NativeBlock, pages: native.Pages, rotary: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """A decoder's block for one new token of each text: [1, N, width] to the same, N at least the texts; rows beyond
+    them are padding. The numbers are those of its parts one by one."""
+    rows = native.rows_of(hidden, by.heads)
+    native.require(
+        hidden.shape[0] == 1 and rows >= pages.texts and pages.keys.dtype == hidden.dtype,
+        "a row for each text",
+    )
+    native.require(pages.keys.shape[2:] == (by.counts[1], by.head_dim), "heads must fit")
+    turned = native.turn(hidden, by.head_dim, by.counts, by.head_norms, rotary)
+    out = torch.empty_like(hidden)
+    native.serving().glasshouse_block(
+        hidden.data_ptr(), rows, by.address, ctypes.addressof(turned), pages.address, pages.texts, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+class _Kept:
+    """A layer as the C++ kernels take it, and what tells whether it still is that layer.
+
+    Args:
+        layer: the layer.
+        dtype: number format of its activations.
+    """
+
+    def __init__(self, layer: "DecoderLayer", dtype: torch.dtype):
+        self.dtype, self.block = dtype, layer.native_parts(dtype)
+        modules = list(layer.modules())
+        self._slots = [(one._modules, key, child) for one in modules for key, child in one._modules.items()]
+        parameters = [(one._parameters, key) for one in modules for key in one._parameters]
+        buffers = [(one._buffers, key) for one in modules for key in one._buffers]
+        self._leaves: list[tuple[Any, str]] = [
+            (place, key) for place, key in (*parameters, *buffers) if place[key] is not None
+        ]
+        self._addresses = self._places()
+
+    def _places(self) -> list[int]:
+        """Where the weights lie: those that are kept stay alive, so no others can lie there."""
+        return [place[key].data_ptr() for place, key in self._leaves]
+
+    def is_current(self) -> bool:
+        """Whether no module was replaced, and no weight replaced or moved."""
+        return (
+            all(place.get(key) is child for place, key, child in self._slots)
+            and self._places() == self._addresses
+        )
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """None in a copy of a model, and in another process: it makes its own."""
+        return native.nothing, ()
+
+
 class DecoderLayer(nn.Module):
     """One block: attention, then the feed-forward network, each on a normed copy and added back to the stream.
 
@@ -113,6 +231,10 @@ class DecoderLayer(nn.Module):
         tap: Tap | None = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]."""
+        if tap is None and isinstance(cache, native.Paged) and native.suits(hidden):
+            block = self._native_block(hidden)
+            if block is not None:
+                return compute_block(hidden.contiguous(), block, cache.pages(self.index), rotary)
         # The index is looked up only where it is needed: a compiled layer that knew it could serve no other layer.
         index = 0 if tap is None and cache is None else self.index
         name = "" if tap is None else f"layers.{index}"
@@ -121,6 +243,44 @@ class DecoderLayer(nn.Module):
         hidden = touch(tap, f"{name}.residual_middle", hidden + self._drop(read))
         written = self.feed_forward(self.feed_forward_norm(hidden), tap, f"{name}.feed_forward")
         return touch(tap, f"{name}.residual_after", hidden + self._drop(written))
+
+    def _native_block(self, hidden: Tensor) -> NativeBlock | None:
+        """All of it as the C++ kernels take it, where those serve; kept until a part is replaced or moved."""
+        kept: _Kept | None = self.__dict__.get("_kept")
+        if kept is None or not kept.is_current() or kept.dtype != hidden.dtype:
+            kept = self.__dict__["_kept"] = _Kept(self, hidden.dtype)
+        few = hidden.numel() <= native.MOST_ROWS * hidden.shape[-1]
+        return kept.block if kept.block is not None and (few or not kept.block.is_plain) else None
+
+    def native_parts(self, dtype: torch.dtype) -> NativeBlock | None:
+        """The block as the C++ kernels take it; None where it has parts that they do not know."""
+        before, between, attention, feed_forward = (
+            self.attention_norm,
+            self.feed_forward_norm,
+            self.attention,
+            self.feed_forward,
+        )
+        if not isinstance(before, RootMeanSquareNorm) or not isinstance(between, RootMeanSquareNorm):
+            return None
+        known = feed_forward.activation_name in native.ACTIVATIONS and not (self.training and self.dropout)
+        if not known or before.weight.dtype != dtype or between.weight.dtype != dtype:
+            return None
+        names = ("up",) if feed_forward.gate is None else ("gate", "up")
+        wanted = (
+            (attention, ("query", "key", "value"), ""), (attention, ("output",), ""),
+            (feed_forward, names, feed_forward.activation_name), (feed_forward, ("down",), ""),
+        )  # fmt: skip
+        parts = [
+            make_matrices([owner._modules[name] for name in some], dtype, act) for owner, some, act in wanted
+        ]
+        heads, output, first, second = parts
+        if heads is None or output is None or first is None or second is None:
+            return None
+        weights = (before.weight, between.weight, before.epsilon)
+        counts = (attention.heads, attention.key_value_heads)
+        return NativeBlock(
+            heads, output, (first, second), weights, counts, attention.head_norms(), attention.window
+        )
 
     def _drop(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden

@@ -71,17 +71,16 @@ class Embedding(nn.Embedding):
 def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., width] times the transpose of [outputs, width]: a few rows without gradients by the C++ kernels, where those
     serve; a row's result then does not depend on the rows beside it."""
-    if native.suits(hidden) and _is_plain(hidden, weight):
+    few = hidden.numel() <= native.MOST_ROWS * hidden.shape[-1]
+    if few and native.suits(hidden) and _is_whole(weight, hidden.dtype):
         weights = (Weight(weight, None, bias, weight.shape[0], weight.shape[1], 0),)
         return native.linear(hidden.contiguous(), Matrices(weights, hidden.dtype))
     return functional.linear(hidden, weight, bias)
 
 
-def _is_plain(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the rows are few and the matrix lies whole in memory, in their format."""
-    rows = hidden.numel() // max(hidden.shape[-1], 1)
-    whole = type(weight) in native.PLAIN and weight.is_contiguous()
-    return rows <= native.MOST_ROWS and whole and weight.dtype == hidden.dtype
+def _is_whole(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a matrix of this number format lies in memory row after row."""
+    return type(weight) in native.PLAIN and weight.is_contiguous() and weight.dtype == dtype
 
 
 # ---- weights of 8 or 4 bits
@@ -288,17 +287,28 @@ def _kept_matrices(
     kept = owner.__dict__.get("_matrices", {})
     found = kept.get(key)  # None too in a copy of the owner
     if found is None or not found.serves(hidden, tensors):
-        weights = [
-            linear.native_weight() for linear in linears if isinstance(linear, Linear | QuantizedLinear)
-        ]
-        plain = [weight.data for weight in weights if not weight.bits]
-        if len({weight.bits for weight in weights}) > 1 or not all(_is_plain(hidden, each) for each in plain):
-            return None
-        found = Matrices(weights, hidden.dtype, activation)
+        found = make_matrices(linears, hidden.dtype, activation)
         owner.__dict__["_matrices"] = {**kept, key: found}
-    if found.is_plain and hidden.numel() > native.MOST_ROWS * found.width:
+    if found is None or (found.is_plain and hidden.numel() > native.MOST_ROWS * found.width):
         return None
     return found
+
+
+def make_matrices(
+    linears: Sequence[nn.Module | None], dtype: torch.dtype, activation: str = ""
+) -> Matrices | None:
+    """Linear layers as the C++ kernels take them; None where one is of a kind or number format that they do not know."""
+    weights = [
+        linear.native_weight()
+        for linear in linears
+        if isinstance(linear, QuantizedLinear) or type(linear) is Linear
+    ]
+    alike = len(weights) == len(linears) and len({weight.bits for weight in weights}) == 1
+    if not alike or not all(weight.bits or _is_whole(weight.data, dtype) for weight in weights):
+        return None
+    if any(weight.bias is not None and weight.bias.dtype != dtype for weight in weights):
+        return None
+    return Matrices(weights, dtype, activation)
 
 
 # ---- layers
@@ -406,23 +416,13 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor, tap: Tap | None = None, name: str = "") -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        if tap is None:
-            quick = self._quick(hidden)
-            if quick is not None:
-                return quick
-        if self.gate is None:
+        names = ("up",) if self.gate is None else ("gate", "up")
+        known = self.activation_name in native.ACTIVATIONS
+        matrices = native_matrices(self, names, hidden, self.activation_name) if known else None
+        if matrices is not None:
+            inner = native.linear(hidden.contiguous(), matrices)
+        elif self.gate is None:
             inner = self.activation(self.up(hidden))
         else:
             inner = self.activation(self.gate(hidden)) * self.up(hidden)
         return touch(tap, f"{name}.output", self.down(touch(tap, f"{name}.hidden", inner)))
-
-    def _quick(self, hidden: Tensor) -> Tensor | None:
-        """All of it by the C++ kernels, where those serve."""
-        if self.activation_name not in native.ACTIVATIONS:
-            return None
-        names = ("up",) if self.gate is None else ("gate", "up")
-        first = native_matrices(self, names, hidden, self.activation_name)
-        second = None if first is None else native_matrices(self, ("down",), hidden)
-        if first is None or second is None:
-            return None
-        return native.feed_forward(hidden.contiguous(), first, second)

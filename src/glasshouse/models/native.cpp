@@ -329,14 +329,6 @@ void glasshouse_linear(const void* hidden, index_t rows, const Matrices* matrice
     multiply(hidden, rows, *matrices, out, threads);
 }
 
-// A whole feed-forward network: gate and up (or up alone) with their activation, then down.
-void glasshouse_feed_forward(const void* hidden, index_t rows, const Matrices* first, const Matrices* second, void* out, int threads) {
-    static thread_local std::vector<char> inner;
-    inner.resize(std::max(inner.size(), (size_t)(rows * second->width * 4)));
-    multiply(hidden, rows, *first, inner.data(), threads);
-    multiply(inner.data(), rows, *second, out, threads);
-}
-
 }  // extern "C"
 
 // ---- norm and rotary positions
@@ -387,13 +379,6 @@ static void turn(T* heads, index_t rows, index_t stride, index_t query_heads, in
         }
 }
 
-extern "C" {
-
-void glasshouse_norm(const void* hidden, index_t rows, index_t width, int format, const void* weight, float epsilon, void* out, int threads) {
-    if (format) norms((const bfloat16*)hidden, rows, width, (const bfloat16*)weight, epsilon, (bfloat16*)out, threads);
-    else norms((const float*)hidden, rows, width, (const float*)weight, epsilon, (float*)out, threads);
-}
-
 // The norm (where there is one) and the rotation (where there is a table) of the query and key heads of each row.
 struct Turn {
     index_t query_heads, turned_heads, head_width, table_rows;
@@ -401,18 +386,33 @@ struct Turn {
     float epsilon;
 };
 
+static void turn_heads(void* heads, index_t rows, index_t columns, const Turn& by, int format, int threads) {
+    if (!by.query_norm && !by.cosine) return;
+    if (format)
+        turn((bfloat16*)heads, rows, columns, by.query_heads, by.turned_heads, by.head_width, (const bfloat16*)by.query_norm,
+             (const bfloat16*)by.key_norm, by.epsilon, (const bfloat16*)by.cosine, (const bfloat16*)by.sine, by.table_rows, threads);
+    else
+        turn((float*)heads, rows, columns, by.query_heads, by.turned_heads, by.head_width, (const float*)by.query_norm,
+             (const float*)by.key_norm, by.epsilon, (const float*)by.cosine, (const float*)by.sine, by.table_rows, threads);
+}
+
+static index_t columns_of(const Matrices& all) {
+    index_t columns = 0;
+    for (int i = 0; i < all.count; i++) columns += all.matrix[i].outputs;
+    return columns;
+}
+
+extern "C" {
+
+void glasshouse_norm(const void* hidden, index_t rows, index_t width, int format, const void* weight, float epsilon, void* out, int threads) {
+    if (format) norms((const bfloat16*)hidden, rows, width, (const bfloat16*)weight, epsilon, (bfloat16*)out, threads);
+    else norms((const float*)hidden, rows, width, (const float*)weight, epsilon, (float*)out, threads);
+}
+
 // Queries, keys and values of the rows, side by side: out [rows, all outputs], the first heads turned.
 void glasshouse_heads(const void* hidden, index_t rows, const Matrices* matrices, const Turn* by, void* out, int threads) {
     multiply(hidden, rows, *matrices, out, threads);
-    index_t columns = 0;
-    for (int i = 0; i < matrices->count; i++) columns += matrices->matrix[i].outputs;
-    if (!by->query_norm && !by->cosine) return;
-    if (matrices->format)
-        turn((bfloat16*)out, rows, columns, by->query_heads, by->turned_heads, by->head_width, (const bfloat16*)by->query_norm,
-             (const bfloat16*)by->key_norm, by->epsilon, (const bfloat16*)by->cosine, (const bfloat16*)by->sine, by->table_rows, threads);
-    else
-        turn((float*)out, rows, columns, by->query_heads, by->turned_heads, by->head_width, (const float*)by->query_norm,
-             (const float*)by->key_norm, by->epsilon, (const float*)by->cosine, (const float*)by->sine, by->table_rows, threads);
+    turn_heads(out, rows, columns_of(*matrices), *by, matrices->format, threads);
 }
 
 }  // extern "C"
@@ -483,24 +483,85 @@ static void attend_group(const T* query, const Pages& pages, index_t row, index_
     }
 }
 
-extern "C" {
-
 // Keep each row's new key and value (where given), then read with its query: query and out [batch, heads, width] with a row
 // stride for the query and for key and value [batch, groups, width]; width at most 256. Rows of one text, at positions one
 // after another, see each other: all are kept before any is read.
-void glasshouse_attend(const void* query, index_t query_stride, const void* key, const void* value, index_t key_stride, const Pages* pages,
-                       index_t batch, index_t heads, index_t groups, index_t width, index_t window, float scale, int format, void* out,
-                       int threads) {
+template <class T>
+static void attend(const T* query, index_t query_stride, const T* key, const T* value, index_t key_stride, const Pages& pages,
+                   index_t batch, index_t heads, index_t groups, index_t width, index_t window, float scale, T* out, int threads) {
     const index_t shared = heads / groups;
-    if (key && format) keep((const bfloat16*)key, (const bfloat16*)value, key_stride, *pages, batch, groups, width);
-    else if (key) keep((const float*)key, (const float*)value, key_stride, *pages, batch, groups, width);
+    if (key) keep(key, value, key_stride, pages, batch, groups, width);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (index_t item = 0; item < batch * groups; item++) {
         const index_t row = item / groups, group = item % groups;
-        const index_t from = row * query_stride + group * shared * width, to = (row * heads + group * shared) * width;
-        if (format) attend_group((const bfloat16*)query + from, *pages, row, group, shared, width, window, scale, (bfloat16*)out + to);
-        else attend_group((const float*)query + from, *pages, row, group, shared, width, window, scale, (float*)out + to);
+        attend_group(query + row * query_stride + group * shared * width, pages, row, group, shared, width, window, scale,
+                     out + (row * heads + group * shared) * width);
     }
+}
+
+extern "C" {
+
+void glasshouse_attend(const void* query, index_t query_stride, const void* key, const void* value, index_t key_stride, const Pages* pages,
+                       index_t batch, index_t heads, index_t groups, index_t width, index_t window, float scale, int format, void* out,
+                       int threads) {
+    if (format)
+        attend((const bfloat16*)query, query_stride, (const bfloat16*)key, (const bfloat16*)value, key_stride, *pages, batch, heads,
+               groups, width, window, scale, (bfloat16*)out, threads);
+    else
+        attend((const float*)query, query_stride, (const float*)key, (const float*)value, key_stride, *pages, batch, heads, groups, width,
+               window, scale, (float*)out, threads);
+}
+
+}  // extern "C"
+
+// ---- a block of a decoder, for one new token a row
+
+struct Block {
+    const Matrices *heads, *output, *first, *second;
+    const void *attention_norm, *feed_forward_norm;
+    index_t groups, window;
+    float scale, epsilon;
+};
+
+template <class T>
+static void add(const T* left, const T* right, index_t count, T* out) {
+    for (index_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        store(out + i, _mm512_add_ps(load(left + i, mask), load(right + i, mask)), mask);
+    }
+}
+
+// The same functions in the same order as one by one, without a way through Python between them, which takes longer than
+// they do. Rows beyond the texts in `pages` are padding: they read nothing.
+template <class T>
+static void compute_layer(const T* hidden, index_t rows, const Block& block, const Turn& by, const Pages& pages, index_t texts, T* out,
+                          int threads) {
+    static thread_local std::vector<T> normed, heads, read, middle, inner;
+    const index_t width = block.heads->width, columns = columns_of(*block.heads), head = by.head_width;
+    const index_t read_width = by.query_heads * head, key_at = read_width, value_at = by.turned_heads * head;
+    auto room = [](std::vector<T>& memory, index_t count) { if ((index_t)memory.size() < count) memory.resize(count); };
+    room(normed, rows * width), room(middle, rows * width), room(heads, rows * columns), room(read, rows * read_width);
+    room(inner, rows * block.second->width);
+    norms(hidden, rows, width, (const T*)block.attention_norm, block.epsilon, normed.data(), threads);
+    multiply(normed.data(), rows, *block.heads, heads.data(), threads);
+    turn_heads(heads.data(), rows, columns, by, block.heads->format, threads);
+    std::fill(read.begin() + texts * read_width, read.begin() + rows * read_width, (T)0);
+    attend(heads.data(), columns, heads.data() + key_at, heads.data() + value_at, columns, pages, texts, by.query_heads, block.groups,
+           head, block.window, block.scale, read.data(), threads);
+    multiply(read.data(), rows, *block.output, normed.data(), threads);
+    add(hidden, normed.data(), rows * width, middle.data());
+    norms(middle.data(), rows, width, (const T*)block.feed_forward_norm, block.epsilon, normed.data(), threads);
+    multiply(normed.data(), rows, *block.first, inner.data(), threads);
+    multiply(inner.data(), rows, *block.second, normed.data(), threads);
+    add(middle.data(), normed.data(), rows * width, out);
+}
+
+extern "C" {
+
+void glasshouse_block(const void* hidden, index_t rows, const Block* block, const Turn* by, const Pages* pages, index_t texts, void* out,
+                      int threads) {
+    if (block->heads->format) compute_layer((const bfloat16*)hidden, rows, *block, *by, *pages, texts, (bfloat16*)out, threads);
+    else compute_layer((const float*)hidden, rows, *block, *by, *pages, texts, (float*)out, threads);
 }
 
 }  // extern "C"

@@ -56,45 +56,47 @@ class Weight(NamedTuple):
     bits: int
 
 
+def _fields(**kinds: str) -> tuple[tuple[str, type], ...]:
+    """Fields of a C structure: names by kind, in order."""
+    types = {
+        "pointers": ctypes.c_void_p,
+        "integers": ctypes.c_int64,
+        "numbers": ctypes.c_int,
+        "reals": ctypes.c_float,
+    }
+    return tuple((name, types[kind]) for kind, names in kinds.items() for name in names.split())
+
+
 class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64),
-    )
+    _fields_ = _fields(pointers="weight scale bias", integers="outputs")
 
 
 class _Matrices(ctypes.Structure):
-    _fields_ = (
-        ("format", ctypes.c_int),
-        ("bits", ctypes.c_int),
-        ("count", ctypes.c_int),
-        ("activation", ctypes.c_int),
-        ("width", ctypes.c_int64),
-        ("matrix", _Matrix * 3),
-    )
+    _fields_ = (*_fields(numbers="format bits count activation", integers="width"), ("matrix", _Matrix * 3))
 
 
 class _Turn(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("query_heads", "turned_heads", "head_width", "table_rows")),
-        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm", "cosine", "sine")),
-        ("epsilon", ctypes.c_float),
+    _fields_ = _fields(
+        integers="query_heads turned_heads head_width table_rows",
+        pointers="query_norm key_norm cosine sine",
+        reals="epsilon",
     )
 
 
 class _Pages(ctypes.Structure):
     _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("block_size", ctypes.c_int64),
-        ("block_stride", ctypes.c_int64),
-        ("position_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("tables", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("table_width", ctypes.c_int64),
+        *_fields(pointers="keys values", integers="block_size block_stride position_stride head_stride"),
+        *_fields(pointers="tables lengths", integers="table_width"),
+    )
+
+
+class BlockStructure(ctypes.Structure):
+    """A decoder's block, as native.cpp has it."""
+
+    _fields_ = _fields(
+        pointers="heads output first second attention_norm feed_forward_norm",
+        integers="groups window",
+        reals="scale epsilon",
     )
 
 
@@ -209,8 +211,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     rows = [pointer, integer]
     signatures = {
         "linear": [*rows, pointer, pointer, number],
-        "feed_forward": [*rows, pointer, pointer, pointer, number],
         "heads": [*rows, pointer, pointer, pointer, number],
+        "block": [*rows, pointer, pointer, pointer, integer, pointer, number],
         "norm": [*rows, integer, number, pointer, real, pointer, number],
         "attend": [
             pointer, integer, pointer, pointer, integer, pointer, *[integer] * 5, real, number, pointer, number,
@@ -241,14 +243,16 @@ def suits(hidden: Tensor) -> bool:
 # ---- the functions
 
 
-def _serving() -> ctypes.CDLL:
+def serving() -> ctypes.CDLL:
+    """The library that serves this process."""
     library = _library()
     if library is None:
         raise RuntimeError("the compiled library is not available; ask available() first")
     return library
 
 
-def _require(condition: bool, what: str) -> None:
+def require(condition: bool, what: str) -> None:
+    """Refuse what would read memory that is not there."""
     if not condition:
         raise ValueError(what)
 
@@ -274,16 +278,16 @@ class Matrices:
     def __init__(self, weights: Sequence[Weight], dtype: torch.dtype, activation: str = ""):
         bits, first, self.dtype = weights[0].bits, weights[0], dtype
         self.width = first.width
-        _require(len(weights) <= 3, "three matrices at most")
+        require(len(weights) <= 3, "three matrices at most")
         for weight in weights:
-            _require(weight.bits == bits and weight.width == self.width, "matrices of one kind and width")
-            _require(weight.data.is_contiguous() and type(weight.data) in PLAIN, "contiguous matrices")
-            _require(bits > 0 or weight.data.dtype == dtype, "plain matrices in the format of the rows")
+            require(weight.bits == bits and weight.width == self.width, "matrices of one kind and width")
+            require(weight.data.is_contiguous() and type(weight.data) in PLAIN, "contiguous matrices")
+            require(bits > 0 or weight.data.dtype == dtype, "plain matrices in the format of the rows")
             words = code_words(self.width, bits) if bits else self.width
-            _require(weight.data.shape[1] == words, "codes and width must fit")
-            _require(weight.bias is None or weight.bias.dtype == dtype, "a bias in the format of the rows")
+            require(weight.data.shape[1] == words, "codes and width must fit")
+            require(weight.bias is None or weight.bias.dtype == dtype, "a bias in the format of the rows")
         joined = activation != "" and len(weights) == 2
-        _require(not joined or first.outputs == weights[1].outputs, "gate and up must be of one size")
+        require(not joined or first.outputs == weights[1].outputs, "gate and up must be of one size")
         self.columns = first.outputs if joined else sum(weight.outputs for weight in weights)
         self.is_plain = bits == 0
         # Kept alive, and compared: memory that was given back, or other weights in its place, must not be read.
@@ -307,16 +311,17 @@ class Matrices:
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """None in a copy of a model, and in another process: it makes its own."""
-        return _nothing, ()
+        return nothing, ()
 
 
-def _nothing() -> None:
-    return None
+def nothing() -> None:
+    """What a copy has of what cannot be copied."""
 
 
-def _rows(hidden: Tensor, matrices: Matrices) -> int:
-    _require(hidden.is_contiguous(), "rows must be contiguous")
-    _require(
+def rows_of(hidden: Tensor, matrices: Matrices) -> int:
+    """The number of rows, which fit the matrices."""
+    require(hidden.is_contiguous(), "rows must be contiguous")
+    require(
         hidden.shape[-1] == matrices.width and hidden.dtype == matrices.dtype, "matrices and rows must fit"
     )
     return hidden.numel() // hidden.shape[-1]
@@ -328,21 +333,10 @@ def linear(hidden: Tensor, matrices: Matrices) -> Tensor:
     Codes meet activations rounded to 8 bits, one scale for each group of 64 (int8) or 32 (int4) numbers of a row; plain
     weights meet them as they are. Sums are float32.
     """
-    rows = _rows(hidden, matrices)
+    rows = rows_of(hidden, matrices)
     out = hidden.new_empty((*hidden.shape[:-1], matrices.columns))
-    _serving().glasshouse_linear(
+    serving().glasshouse_linear(
         hidden.data_ptr(), rows, matrices.address, out.data_ptr(), torch.get_num_threads()
-    )
-    return out
-
-
-def feed_forward(hidden: Tensor, first: Matrices, second: Matrices) -> Tensor:
-    """`linear` by the first matrices, with their activation, and then by the second."""
-    rows = _rows(hidden, first)
-    _require(first.columns == second.width and first.dtype == second.dtype, "the two must fit")
-    out = hidden.new_empty((*hidden.shape[:-1], second.columns))
-    _serving().glasshouse_feed_forward(
-        hidden.data_ptr(), rows, first.address, second.address, out.data_ptr(), torch.get_num_threads()
     )
     return out
 
@@ -355,10 +349,10 @@ def code_words(width: int, bits: int) -> int:
 
 def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm of [..., width], times `weight`; the mean in float32."""
-    _require(hidden.is_contiguous() and weight.is_contiguous(), "contiguous tensors")
-    _require(weight.dtype == hidden.dtype and weight.numel() == hidden.shape[-1], "weight and rows must fit")
+    require(hidden.is_contiguous() and weight.is_contiguous(), "contiguous tensors")
+    require(weight.dtype == hidden.dtype and weight.numel() == hidden.shape[-1], "weight and rows must fit")
     out = torch.empty_like(hidden)
-    _serving().glasshouse_norm(
+    serving().glasshouse_norm(
         hidden.data_ptr(), hidden.numel() // hidden.shape[-1], hidden.shape[-1], FORMATS[hidden.dtype], weight.data_ptr(),
         epsilon, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -392,72 +386,82 @@ def heads(
     Returns:
         [B, T, H + 2 G, head_dim]: query heads, key heads, value heads.
     """
-    rows, number = _rows(hidden, matrices), counts[0] + 2 * counts[1]
-    width = matrices.columns // number
-    _require(hidden.dim() == 3 and width % 2 == 0 and width * number == matrices.columns, "heads must fit")
-    for table in rotary or ():
-        fits = table.is_contiguous() and table.dtype == hidden.dtype and table.shape[-1] == width
-        fits = fits and table.shape[2] == hidden.shape[1] and table.shape[0] in (1, hidden.shape[0])
-        _require(fits, "tables must fit")
-    for weight in norms[:2] if norms else ():
-        _require(weight.dtype == hidden.dtype and weight.numel() == width, "norms must fit")
-    cosine, sine = rotary or (None, None)
-    query_norm, key_norm, epsilon = norms or (None, None, 0.0)
-    turn = _Turn(
-        counts[0], counts[0] + counts[1], width, 1 if cosine is None else cosine.numel() // width,
-        _address(query_norm), _address(key_norm), _address(cosine), _address(sine), epsilon,
-    )  # fmt: skip
-    out = hidden.new_empty((*hidden.shape[:2], number, width))
-    _serving().glasshouse_heads(
+    rows, number = rows_of(hidden, matrices), counts[0] + 2 * counts[1]
+    by = turn(hidden, matrices.columns // number, counts, norms, rotary)
+    require(by.head_width * number == matrices.columns, "heads must fit")
+    out = hidden.new_empty((*hidden.shape[:2], number, by.head_width))
+    serving().glasshouse_heads(
         hidden.data_ptr(),
         rows,
         matrices.address,
-        ctypes.addressof(turn),
+        ctypes.addressof(by),
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
 
 
-def _require_pages(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
-    new: tuple[Tensor, Tensor] | None,
-) -> None:
-    batch, heads, width = query.shape
-    groups = keys.shape[2]
-    _require(
-        keys.stride() == values.stride() and keys.stride(3) == 1 and keys.dtype == query.dtype,
-        "keys and values alike",
-    )
-    _require(
-        width <= MOST_HEAD_DIM and query.stride()[1:] == (width, 1) and heads % groups == 0, "heads must fit"
-    )
-    _require(
-        tables.dtype == torch.int32 and tables.is_contiguous() and tables.shape[0] == batch,
-        "tables: int32 [B, blocks]",
-    )
-    _require(
-        lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.numel() == batch,
-        "lengths: int32 [B]",
-    )
-    if new is not None:
-        alike = new[0].stride() == new[1].stride() and new[0].dtype == keys.dtype
-        _require(
-            alike and new[0].shape == (batch, groups, width) and new[0].stride()[1:] == (width, 1),
-            "new keys and values",
+def turn(
+    hidden: Tensor,
+    width: int,
+    counts: tuple[int, int],
+    norms: HeadNorms | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> _Turn:
+    """How heads of rows [B, T, width] are normed and rotated, as native.cpp has it."""
+    require(hidden.dim() == 3 and width % 2 == 0, "rows [B, T, width], heads of an even width")
+    for table in rotary or ():
+        fits = table.is_contiguous() and table.dtype == hidden.dtype and table.shape[-1] == width
+        fits = fits and table.shape[2] == hidden.shape[1] and table.shape[0] in (1, hidden.shape[0])
+        require(fits, "tables must fit")
+    for weight in norms[:2] if norms else ():
+        require(weight.dtype == hidden.dtype and weight.numel() == width, "norms must fit")
+    cosine, sine = rotary or (None, None)
+    query_norm, key_norm, epsilon = norms or (None, None, 0.0)
+    return _Turn(
+        counts[0], counts[0] + counts[1], width, 1 if cosine is None else cosine.numel() // width,
+        _address(query_norm), _address(key_norm), _address(cosine), _address(sine), epsilon,
+    )  # fmt: skip
+
+
+class Pages:
+    """Where the keys and values of texts lie, one text a row.
+
+    Args:
+        keys: [blocks, block_size, G, d] with any strides but the last, which is 1. A contiguous cache is one block a row.
+        values: as `keys`, with the same strides.
+        tables: int32 [B, at least the blocks in use]: the numbers of each row's blocks.
+        lengths: int32 [B]: tokens before the new one, which is at this position.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor):
+        alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.dtype == values.dtype
+        require(
+            alike and keys.stride(3) == 1 and keys.shape[3] <= MOST_HEAD_DIM,
+            "keys and values alike, narrow heads",
         )
+        require(tables.dtype == torch.int32 and tables.is_contiguous(), "tables: int32 [B, blocks]")
+        require(lengths.dtype == torch.int32 and lengths.is_contiguous(), "lengths: int32 [B]")
+        require(tables.shape[0] == lengths.numel(), "a table for each row")
+        self.keys, self.texts, self._tensors = keys, lengths.numel(), (values, tables, lengths)
+        addresses = (tables.data_ptr(), lengths.data_ptr(), tables.shape[1])
+        self._struct = _Pages(
+            keys.data_ptr(), values.data_ptr(), keys.shape[1], *keys.stride()[:3], *addresses
+        )
+        self.address = ctypes.addressof(self._struct)
+
+
+class Paged:
+    """A cache whose texts are read one new token at a time, where `block` can read it itself."""
+
+    def pages(self, layer: int) -> Pages:
+        """Where the keys and values of a layer lie."""
+        raise NotImplementedError
 
 
 def attend_paged(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
+    pages: Pages,
     new: tuple[Tensor, Tensor] | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -465,11 +469,8 @@ def attend_paged(
     """Read with one new token a row from keys and values kept in blocks; keep the new token's first, where given.
 
     Args:
-        query: [B, H, d] with contiguous heads; d at most 256.
-        keys: [blocks, block_size, G, d] with any strides but the last, which is 1. A contiguous cache is one block a row.
-        values: as `keys`, with the same strides.
-        tables: int32 [B, at least the blocks in use]: the numbers of each row's blocks.
-        lengths: int32 [B]: tokens before the new one, which is at this position.
+        query: [B, H, d] with contiguous heads.
+        pages: where the keys and values lie.
         new: key and value of the new token, each [B, G, d] with contiguous heads, written at their place before any row
             is read, so that rows of one text see each other; None when they are there already.
         window: how many positions back a query sees, itself included; None for all.
@@ -478,23 +479,18 @@ def attend_paged(
     Returns:
         [B, H, d], contiguous.
     """
-    batch, heads, width = query.shape
-    _, block_size, groups, _ = keys.shape
-    _require_pages(query, keys, values, tables, lengths, new)
-    out = query.new_empty((batch, heads, width))
-    pages = _Pages(
-        keys.data_ptr(),
-        values.data_ptr(),
-        block_size,
-        *keys.stride()[:3],
-        tables.data_ptr(),
-        lengths.data_ptr(),
-        tables.shape[1],
-    )
+    (batch, heads, width), groups = query.shape, pages.keys.shape[2]
+    require(batch == pages.texts and width == pages.keys.shape[3] and heads % groups == 0, "heads must fit")
+    require(query.stride()[1:] == (width, 1) and query.dtype == pages.keys.dtype, "queries with whole heads")
     key, value = new or (None, None)
-    _serving().glasshouse_attend(
-        query.data_ptr(), query.stride(0), _address(key), _address(value), key.stride(0) if key is not None else 0,
-        ctypes.addressof(pages), batch, heads, groups, width, window or 0, scale or width**-0.5, FORMATS[query.dtype],
+    if key is not None and value is not None:
+        require(key.stride() == value.stride() and key.stride()[1:] == (width, 1), "keys with whole heads")
+        require(key.shape == value.shape == (batch, groups, width), "new keys and values")
+        require(key.dtype == value.dtype == query.dtype, "new keys and values in the format of the queries")
+    out = query.new_empty((batch, heads, width))
+    serving().glasshouse_attend(
+        query.data_ptr(), query.stride(0), _address(key), _address(value), 0 if key is None else key.stride(0),
+        pages.address, batch, heads, groups, width, window or 0, scale or width**-0.5, FORMATS[query.dtype],
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
