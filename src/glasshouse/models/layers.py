@@ -33,8 +33,10 @@ CODE_GROUP = {8: 64, 4: 32}
 """Activations that share a scale in the C++ kernels; in int4 the weights' too."""
 CODE_ZERO = {8: 128, 4: 8}
 """The unsigned code that stands for zero."""
-SHRINKINGS = 24
-"""How many scales the search for int4 tries, for each sign."""
+SCALES_TRIED = 8
+"""How many scales the search for int4 tries for each group."""
+ROUNDED_AT_ONCE = 2**18
+"""About how many weights are searched at once: as many as caches hold."""
 
 
 class Linear(nn.Linear):
@@ -103,7 +105,7 @@ def round_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return _codes(weight, scale.float(), 8), scale
     outputs, width = weight.shape
     groups = functional.pad(weight, (0, -width % CODE_GROUP[4])).view(outputs, -1, CODE_GROUP[4])
-    scale = _search_scale(groups)
+    scale = torch.cat([_search_scale(part) for part in groups.split(max(ROUNDED_AT_ONCE // width, 1))])
     codes = _codes(groups, scale.float(), 4).view(outputs, -1)[:, :width]
     return codes, scale[:, :, 0]
 
@@ -115,23 +117,22 @@ def _codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _search_scale(groups: Tensor) -> Tensor:
-    """The bfloat16 scale [..., 1] of each int4 group that leaves the least squared error, among shrunken full ranges."""
-    largest = groups.abs().amax(-1, keepdim=True)
-    best = torch.zeros_like(largest, dtype=torch.bfloat16)
-    least = groups.square().sum(-1, keepdim=True)
-    for step in range(SHRINKINGS):
-        # At -8 the whole range is kept; at 12.5 a third is cut off, which pays where one weight stands out.
-        for sign in (1.0, -1.0):
-            scale = (sign * largest / (6.5 + 6.0 * step / SHRINKINGS)).to(torch.bfloat16)
-            codes = _codes(groups, scale.float(), 4).float() - CODE_ZERO[4]
-            # The scale that fits these codes best, by least squares.
-            fitted = (
-                (groups * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp(min=1)
-            ).to(torch.bfloat16)
-            error = (groups - codes * fitted.float()).square().sum(-1, keepdim=True)
-            better = error < least
-            best, least = torch.where(better, fitted, best), torch.where(better, error, least)
-    return best
+    """The bfloat16 scale [..., 1] of each int4 group that leaves the least squared error, of a few.
+
+    The largest weight goes to the side where the codes reach further, down to -8 or less: beyond it is cut off, which
+    pays where one weight stands out. Then the scale is fitted to the codes by least squares.
+    """
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for step in range(SCALES_TRIED):
+        scale = largest / -(7.0 + 3.0 * step / (SCALES_TRIED - 1))
+        codes = groups.div(torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
+        product, square = (groups * codes).sum(-1, keepdim=True), codes.square().sum(-1, keepdim=True)
+        fitted = (product / square.clamp(min=1)).to(torch.bfloat16).float()
+        error = fitted * (fitted * square - 2 * product)  # less the sum of the squared weights
+        better = error < least
+        best, least = torch.where(better, fitted, best), torch.where(better, error, least)
+    return best.to(torch.bfloat16)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
