@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from glasshouse.errors import InputError
-from glasshouse.inference.cache import ContiguousCache
 from glasshouse.inference.paged import Piece, Reader, Table
 from glasshouse.inference.sampling import Bounds, require_within
 from glasshouse.models.encoder_decoder import EncoderDecoder
@@ -79,7 +78,7 @@ class BeamState:
         self.finished: list[Hypothesis] = []
         self.is_done = False
         self._texts: list[tuple[int, ...]] = [()]
-        self._scores = torch.zeros(1)
+        self.scores: list[float] = [0.0]
 
     @property
     def running(self) -> int:
@@ -95,17 +94,15 @@ class BeamState:
         Returns:
             For each text that runs from now on, the row it goes on from and its new token; empty once `is_done`.
         """
-        vocabulary = log_probabilities.shape[1]
-        total = (log_probabilities.cpu() + self._scores[:, None]).flatten()
-        # So many that enough of them go on, even if every end token of every text is among the best.
-        wanted = max(2, 1 + len(self.ends)) * self.config.beams
-        best = torch.topk(total, min(wanted, len(total)))
+        [(rows, tokens, scores)] = best_candidates([self], log_probabilities)
+        return self.choose(rows, tokens, scores)
+
+    def choose(self, rows: list[int], tokens: list[int], scores: list[float]) -> tuple[list[int], list[int]]:
+        """Choose among the best candidates, best first: `rows` that they go on from, their new tokens, their scores."""
         length = len(self._texts[0]) + 1
         at_limit = length == self.config.max_new_tokens
         going_on: list[tuple[int, int, float]] = []
-        candidates = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for place, (index, score) in enumerate(candidates):
-            row, token = divmod(index, vocabulary)
+        for place, (row, token, score) in enumerate(zip(rows, tokens, scores, strict=True)):
             if not (at_limit or token in self.ends):
                 going_on.append((row, token, score))
             elif place < self.config.beams:
@@ -122,7 +119,7 @@ class BeamState:
             self._texts = []
             return [], []
         self._texts = [(*self._texts[row], token) for row, token, _ in rows]
-        self._scores = torch.tensor([score for _, _, score in rows])
+        self.scores = [score for _, _, score in rows]
         return [row for row, _, _ in rows], [token for _, token, _ in rows]
 
     def _cannot_improve(self, best_running: float, length: int) -> bool:
@@ -141,6 +138,41 @@ class BeamState:
         return self.finished[: self.config.answers]
 
 
+def best_candidates(
+    states: Sequence[BeamState], log_probabilities: Tensor
+) -> list[tuple[list[int], list[int], list[float]]]:
+    """The best continuations of each state's running texts: the rows they go on from, tokens and scores, best first.
+
+    All are found at once where the states have equally many running texts.
+
+    Args:
+        states: that are not done.
+        log_probabilities: of the next token of each running text, float32 [rows of all states, V].
+
+    Raises:
+        InputError: a score is not a number.
+    """
+    rows = states[0].running
+    if any(state.running != rows for state in states):
+        parts = log_probabilities.split([state.running for state in states])
+        return [best_candidates([state], part)[0] for state, part in zip(states, parts, strict=True)]
+    vocabulary = log_probabilities.shape[1]
+    before = torch.tensor([state.scores for state in states], device=log_probabilities.device)
+    total = (log_probabilities.view(len(states), rows, vocabulary) + before[..., None]).flatten(1)
+    # So many that enough of them go on, even if every end token of every text is among the best.
+    wanted = max(max(2, 1 + len(state.ends)) * state.config.beams for state in states)
+    best = torch.topk(total, min(wanted, total.shape[1]))
+    if not bool(best.values.isfinite().any(1).all()) or bool(best.values.isnan().any()):
+        raise InputError(
+            "the model's logits are not finite numbers",
+            "model",
+            "its weights are damaged or training diverged",
+        )
+    places = torch.div(best.indices, vocabulary, rounding_mode="floor")
+    tokens = best.indices - places * vocabulary
+    return list(zip(places.tolist(), tokens.tolist(), best.values.tolist(), strict=True))
+
+
 @torch.inference_mode()
 def search(states: Sequence[BeamState], logits: Tensor, read: ReadBeams) -> None:
     """Search until every state is done.
@@ -156,16 +188,11 @@ def search(states: Sequence[BeamState], logits: Tensor, read: ReadBeams) -> None
     first, running = {index: index for index in range(len(states))}, list(range(len(states)))
     while running:
         scores = logits.float().log_softmax(-1)
-        if torch.isnan(scores).any():
-            raise InputError(
-                "the model's logits are not finite numbers",
-                "model",
-                "its weights are damaged or training diverged",
-            )
+        found = best_candidates([states[index] for index in running], scores)
         parents, tokens, next_first = [], [], {}
-        for index in running:
-            state, start = states[index], first[index]
-            rows, chosen = state.step(scores[start : start + state.running])
+        for index, candidates in zip(running, found, strict=True):
+            start = first[index]
+            rows, chosen = states[index].choose(*candidates)
             next_first[index] = len(parents)
             parents += [start + row for row in rows]
             tokens += chosen
@@ -282,6 +309,44 @@ def search_translations(
     return [state.answers for state in states]
 
 
+class TargetCache:
+    """Keys and values of the running targets, position by position, so that what a step moves lies together.
+
+    Args:
+        layers: number of layers.
+        capacity: most tokens of a target.
+    """
+
+    def __init__(self, layers: int, capacity: int):
+        self.length = 0
+        self._layers, self._capacity = layers, capacity
+        self._held: Tensor | None = None  # [capacity, layers, 2, B, H, d]
+        self._other: Tensor | None = None
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, H, 1, d] keys and values to a layer; return all of them, [B, H, length + 1, d]."""
+        if self._held is None:
+            rows, heads, _, width = key.shape
+            self._held = key.new_empty(self._capacity, self._layers, 2, rows, heads, width)
+        end = self.length + 1
+        self._held[self.length, layer, 0], self._held[self.length, layer, 1] = key[:, :, 0], value[:, :, 0]
+        if layer == self._layers - 1:
+            self.length = end
+        keys, values = self._held[:end, layer, 0], self._held[:end, layer, 1]
+        return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from what row rows[i] has been: int64 [B]. Two memories take turns, as long as the rows are as many."""
+        if self._held is None:
+            return
+        shape = (*self._held.shape[:3], len(rows), *self._held.shape[4:])
+        if self._other is None or self._other.shape != shape:
+            self._other = self._held.new_empty(shape)
+        held, other = (memory[: self.length].flatten(0, 2).flatten(2) for memory in (self._held, self._other))
+        torch.index_select(held, 1, rows, out=other)
+        self._held, self._other = self._other, self._held
+
+
 class _Translations:
     """The running targets of sources: what was read of each, and which source each row belongs to."""
 
@@ -290,17 +355,22 @@ class _Translations:
     ):
         self._model, self._mask, self._vocab_size = model, mask, vocab_size
         self._memory = model.remember(memory)
-        self._cache = ContiguousCache(len(self._memory), longest)
+        self._cache = TargetCache(len(self._memory), longest)
         self._sources = list(range(len(memory)))
         self._device = memory.device
         self._shown = self._memory, mask
 
     def read(self, parents: list[int], tokens: list[int]) -> Tensor:
         sources = [self._sources[row] for row in parents]
-        if self._cache.length and parents != list(range(len(self._sources))):
+        if self._cache.length:
             self._cache.reorder(torch.tensor(parents, device=self._device))
         if sources != self._sources:
-            rows = torch.tensor(sources, device=self._device)
+            distinct = sorted(set(sources))
+            even = len(sources) // len(
+                distinct
+            )  # the model lets a source serve all its rows, where all have as many
+            wanted = distinct if sources == [one for one in distinct for _ in range(even)] else sources
+            rows = torch.tensor(wanted, device=self._device)
             memory = [(key[rows], value[rows]) for key, value in self._memory]
             self._shown = memory, None if self._mask is None else self._mask[rows]
             self._sources = sources

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from glasshouse.models.attention import Attention, Mask, additive, attend
+from glasshouse.models.attention import Attention, Mask, additive, attend, attend_explicitly
 from glasshouse.models.layers import Embedding, FeedForward, Linear, Tap, drop, norm_layer, touch
 
 LEARNED_OFFSET = 2
 """Rows at the start of BART's table of positions that stand for none."""
+
+FEW = 4096
+"""Queries times keys up to which attention is spelled out where no gradient is wanted: PyTorch's own is slower there."""
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 """Keys and values, each [B, H, S, d], of each layer."""
@@ -115,6 +118,20 @@ def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()[:, : width // 2]], dim=-1).to(dtype)
 
 
+def read_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """What one scaled query of each row reads: [B, H, 1, d] of keys and values [B, H, S, d].
+
+    Many small products are quicker number by number, position by position, above all where the keys of a position lie
+    together.
+    """
+    key, value = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
+    scores = (key * query[:, :, 0]).sum(-1)
+    if mask is not None:
+        scores = scores + mask[:, :, 0].permute(2, 0, 1)
+    pattern = torch.softmax(scores, dim=0)
+    return (pattern[..., None] * value).sum(0)[:, :, None]
+
+
 class Block(nn.Module):
     """One block: self-attention, in a decoder cross-attention, then the feed-forward network, each with its norm.
 
@@ -202,12 +219,27 @@ class Block(nn.Module):
         tap: Tap | None,
         name: str,
     ) -> Tensor:
-        """What attention reads of given keys and values: [B, T, D]."""
+        """What attention reads of given keys and values: [B, T, D].
+
+        With a k-th of the rows of keys, each of them serves k rows of queries in turn: the beams of one source.
+        """
         name = f"{self.name}.{name}"
         key, value = memory
         query = touch(tap, f"{name}.query", self._heads(attention.query(hidden)))
         key, value = touch(tap, f"{name}.key", key), touch(tap, f"{name}.value", value)
-        read = attend(query, key, value, mask, causal, tap, name, self.config.score_scale)
+        shared = query.shape[0] // key.shape[0]
+        if shared > 1:
+            query = query.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)
+        if query.requires_grad or tap is not None or query.shape[2] * key.shape[2] > FEW:
+            read = attend(query, key, value, mask, causal, tap, name, self.config.score_scale)
+        elif query.shape[2] == 1:
+            read = read_once(query * self.config.score_scale, key, value, mask)
+        else:
+            future = additive(Mask().seen(query.shape[2], key.shape[2], query.device), query.dtype)
+            mask = future if causal and mask is None else mask
+            read = attend_explicitly(query * self.config.score_scale, key, value, mask, None, name)
+        if shared > 1:
+            read = read.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 1)
         read = touch(tap, f"{name}.read", read.transpose(1, 2).flatten(2))
         return touch(tap, f"{name}.output", attention.output(read))
 
@@ -351,11 +383,16 @@ class EncoderDecoder(nn.Module):
 
     def remember(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values that each decoder layer reads of a memory [B, S, D]: computed once for all steps of decoding."""
-        return [
+        known = [
             layer.key_values(layer.cross_attention, memory)
             for layer in self.decoder.layers
             if isinstance(layer, Block) and layer.cross_attention is not None
         ]
+        return (
+            known
+            if memory.requires_grad
+            else [(key.contiguous(), value.contiguous()) for key, value in known]
+        )
 
     def forward(
         self,
@@ -370,7 +407,8 @@ class EncoderDecoder(nn.Module):
 
         Args:
             tokens: target token ids, int64 [B, T], the first of a target being the start token.
-            memory: what `encode` returned, [B, S, D], or what `remember` made of it.
+            memory: what `encode` returned, [B, S, D], or what `remember` made of it. The latter may have a k-th of the
+                rows: each serves k rows of targets in turn.
             memory_mask: the mask that `encode` was given, bool [B, S].
             cache: keys and values of the target's tokens before these; extended by these.
             tap: shown every named activation, and may replace it.
