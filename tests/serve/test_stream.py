@@ -14,8 +14,9 @@ from tests.serve.conftest import COUNT, GREETING, Live, running
 
 from glasshouse.inference.request import EngineSettings, Request
 from glasshouse.inference.sampling import GenerationConfig
-from glasshouse.serve import completions
+from glasshouse.serve import app, completions
 from glasshouse.serve.metrics import Line, Metrics
+from glasshouse.serve.models import MOST_WAITING
 from glasshouse.serve.openai import PING
 from glasshouse.serve.stream import EventStream, Job
 
@@ -262,3 +263,32 @@ def test_a_long_count_beside_a_short_one(live: Live):
         two = pool.submit(live.ask, CHAT, messages=HELLO, temperature=0)
         assert one.result()["choices"][0]["message"]["content"] == COUNT
         assert two.result()["choices"][0]["message"]["content"] == GREETING
+
+
+def test_a_slow_template_keeps_nobody_else_waiting(live: Live, monkeypatch: pytest.MonkeyPatch):
+    """Templates, tokenizers and schemas run in threads of their own: health is answered while one is at work."""
+    begun, answered = threading.Event(), threading.Event()
+    real = app.plan_chat
+
+    def slow(*values: Any) -> Any:
+        begun.set()
+        assert answered.wait(60)
+        return real(*values)
+
+    monkeypatch.setattr(app, "plan_chat", slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(live.ask, CHAT, messages=HELLO, temperature=0)
+        assert begun.wait(60)
+        assert live.client.get("/health").status_code == 200
+        assert live.ask(TEXT, prompt="Once", max_tokens=2)["choices"]
+        answered.set()
+        assert waiting.result()["choices"][0]["message"]["content"] == GREETING
+
+
+def test_too_many_at_the_tokenizer_are_told_to_come_back(live: Live, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(live.house, "waiting", MOST_WAITING)
+    answer = live.post("/tokenize", prompt="a")
+    assert answer.status_code == 429
+    assert "retry-after" in answer.headers
+    monkeypatch.undo()
+    assert live.ask("/tokenize", prompt="a")["count"] >= 1

@@ -226,6 +226,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="critical",  # the door writes the log: one line a request, escaped
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=30,
