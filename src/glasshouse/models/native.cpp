@@ -221,7 +221,8 @@ static void product(const Matrix& matrix, index_t block, const Input& input, ind
             for (int r = 0; r < ROWS; r++) activation[r] = take(hidden + r * input.stride + k, mask);
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) {
-                _mm_prefetch((const char*)(weight[c] + k) + 2048, _MM_HINT_T0);
+                // The next four rows follow in memory; a row is too short for the hardware to see where this goes.
+                _mm_prefetch((const char*)(weight[0] + 4 * input.width + 4 * k) + 64 * c, _MM_HINT_T0);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) sum[r][c] = multiply_add(weight[c] + k, activation[r], mask, sum[r][c]);
             }
@@ -443,43 +444,53 @@ static void keep(const T* key, const T* value, index_t stride, const Pages& page
     }
 }
 
-template <class T>
-static void attend_group(const T* query, const Pages& pages, index_t row, index_t group, index_t shared,
-                         index_t width, index_t window, float scale, T* out) {
+// `visit(p, at)` for each position p from `first` on, where `at` is where its numbers begin; block by block, because a
+// division for every position would take longer than the rest.
+template <class Visit>
+static inline void each_position(const Pages& pages, const int32_t* table, index_t first, index_t count, Visit visit) {
+    for (index_t p = 0; p < count;) {
+        const index_t within = (first + p) % pages.block_size, end = std::min(count, p + pages.block_size - within);
+        for (index_t at = position(pages, table, first + p); p < end; p++, at += pages.position_stride) visit(p, at);
+    }
+}
+
+// CHUNKS sixteens of numbers make a head; 0 where that is not known here, or the last is not whole.
+template <class T, int CHUNKS>
+static void attend_group(const T* query, const Pages& pages, index_t row, index_t group, index_t shared, index_t width, index_t window,
+                         float scale, T* out) {
     static thread_local std::vector<float> scores;
     const int32_t* table = pages.tables + row * pages.table_width;
     const index_t last = pages.lengths[row], first = window > 0 ? std::max<index_t>(0, last + 1 - window) : 0, seen = last + 1 - first;
-    const index_t base = group * pages.head_stride, chunks = (width + 15) / 16;
-    auto place = [&](index_t p) { return position(pages, table, p) + base; };
-    if ((index_t)scores.size() < shared * seen) scores.resize(2 * shared * seen);
-    __m512 part[16];
+    const index_t chunks = CHUNKS ? CHUNKS : (width + 15) / 16;
+    const T *keys = (const T*)pages.keys + group * pages.head_stride, *values = (const T*)pages.values + group * pages.head_stride;
+    auto mask = [&](index_t c) { return CHUNKS ? (__mmask16)0xFFFF : lanes(width - 16 * c); };
+    if ((index_t)scores.size() < seen) scores.resize(2 * seen);
+    float* score = scores.data();
     for (index_t head = 0; head < shared; head++) {
-        float* score = scores.data() + head * seen;
+        __m512 part[CHUNKS ? CHUNKS : 16];
         for (index_t c = 0; c < chunks; c++)
-            part[c] = _mm512_mul_ps(load(query + head * width + 16 * c, lanes(width - 16 * c)), _mm512_set1_ps(scale));
+            part[c] = _mm512_mul_ps(load(query + head * width + 16 * c, mask(c)), _mm512_set1_ps(scale));
         float most = -INFINITY;
-        for (index_t p = 0; p < seen; p++) {
-            const T* at = (const T*)pages.keys + place(first + p);
+        each_position(pages, table, first, seen, [&](index_t p, index_t at) {
             __m512 sum = _mm512_setzero_ps();
-            for (index_t c = 0; c < chunks; c++) sum = _mm512_fmadd_ps(part[c], load(at + 16 * c, lanes(width - 16 * c)), sum);
+            for (index_t c = 0; c < chunks; c++) sum = _mm512_fmadd_ps(part[c], load(keys + at + 16 * c, mask(c)), sum);
             score[p] = _mm512_reduce_add_ps(sum);
             most = std::max(most, score[p]);
-        }
+        });
         __m512 total = _mm512_setzero_ps();
         for (index_t p = 0; p < seen; p += 16) {
-            const __mmask16 mask = lanes(seen - p);
-            const __m512 weight = _mm512_maskz_mov_ps(mask, exponential(_mm512_sub_ps(load(score + p, mask), _mm512_set1_ps(most))));
-            store(score + p, weight, mask);
+            const __mmask16 left = lanes(seen - p);
+            const __m512 weight = _mm512_maskz_mov_ps(left, exponential(_mm512_sub_ps(load(score + p, left), _mm512_set1_ps(most))));
+            store(score + p, weight, left);
             total = _mm512_add_ps(total, weight);
         }
         const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
         for (index_t c = 0; c < chunks; c++) part[c] = _mm512_setzero_ps();
-        for (index_t p = 0; p < seen; p++) {
-            const T* at = (const T*)pages.values + place(first + p);
+        each_position(pages, table, first, seen, [&](index_t p, index_t at) {
             const __m512 weight = _mm512_set1_ps(score[p]);
-            for (index_t c = 0; c < chunks; c++) part[c] = _mm512_fmadd_ps(weight, load(at + 16 * c, lanes(width - 16 * c)), part[c]);
-        }
-        for (index_t c = 0; c < chunks; c++) store(out + head * width + 16 * c, _mm512_mul_ps(part[c], share), lanes(width - 16 * c));
+            for (index_t c = 0; c < chunks; c++) part[c] = _mm512_fmadd_ps(weight, load(values + at + 16 * c, mask(c)), part[c]);
+        });
+        for (index_t c = 0; c < chunks; c++) store(out + head * width + 16 * c, _mm512_mul_ps(part[c], share), mask(c));
     }
 }
 
@@ -494,8 +505,9 @@ static void attend(const T* query, index_t query_stride, const T* key, const T* 
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (index_t item = 0; item < batch * groups; item++) {
         const index_t row = item / groups, group = item % groups;
-        attend_group(query + row * query_stride + group * shared * width, pages, row, group, shared, width, window, scale,
-                     out + (row * heads + group * shared) * width);
+        auto read = width == 64 ? attend_group<T, 4> : width == 128 ? attend_group<T, 8> : attend_group<T, 0>;
+        read(query + row * query_stride + group * shared * width, pages, row, group, shared, width, window, scale,
+             out + (row * heads + group * shared) * width);
     }
 }
 
