@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tests.serve.conftest import GREETING, Live, running
 
@@ -31,6 +32,14 @@ from glasshouse.text.tokenizer import open_tokenizer
 HEAD = b"Host: localhost\r\n"
 JSON = b"Content-Type: application/json\r\n"
 TEXT = "/v1/completions"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The verb sets the process's threads; the tests after it go on with theirs."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

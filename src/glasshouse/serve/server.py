@@ -93,8 +93,8 @@ def serve(paths: Sequence[str], config: ServeConfig) -> int:
     """
     key = config.key or os.environ.get(KEY_VARIABLE, "")
     require_key(config.host, key)
-    device = open_device(config.device, config.dtype, threads=config.threads)
     with take_port(config.host, config.port) as listener:
+        device = open_device(config.device, config.dtype, threads=config.threads)
         settings = EngineSettings(config.cache_tokens, max_batch=config.max_batch, max_queue=config.max_queue)
         house = House(
             open_models(paths, device, config.quantize),
