@@ -60,9 +60,11 @@ def test_items_instructions_and_parts(live: Live):
     ]  # fmt: skip
     expected = live.ask("/tokenize", messages=messages, tools=[WEATHER])["count"]
     assert answer["usage"]["input_tokens"] == expected
-    assert answer["status"] == "incomplete"
-    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
     Response.model_validate(answer)
+    cut = live.ask(PATH, input="count", temperature=0, max_output_tokens=3)
+    assert cut["status"] == cut["output"][0]["status"] == "incomplete"
+    assert cut["incomplete_details"] == {"reason": "max_output_tokens"}
+    Response.model_validate(cut)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,9 @@ def test_log_probabilities_where_asked(live: Live):
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]}, "input[0].content[0]"),
         ({"input": "a", "max_output_tokens": 10**9}, "max_output_tokens"),
         ({"input": "x" * 9000}, "input"),
+        ({"input": "a", "max_output_tokens": 2000}, "max_output_tokens"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format"),
+        ({"input": "a", "tool_choice": "required"}, "tool_choice"),
         ({"input": "a", "temperature": 3}, "temperature"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,12 +60,17 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def memory() -> float:
+    """Megabytes this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def storms(live: Live, rounds: int) -> None:
     connections = live.server.server_state.connections
     asyncio.run(storm(live, 100, 12))
     live.wait_idle()
     live.wait(lambda: len(connections) <= 40)  # those of the tests' own client stay
-    files, held = open_files(), len(connections)
+    files, held, before = open_files(), len(connections), memory()
     for _ in range(rounds):
         asyncio.run(storm(live, 100, 12))
         live.wait_idle()
@@ -73,6 +79,7 @@ def storms(live: Live, rounds: int) -> None:
         assert live.statistics.cache_blocks_used == 0
         assert not live.house.work
         assert not live.house.models["chat"].thread._listeners
+    assert memory() < before + 10  # a thousand abandoned answers; a leak of 10 kB each would show
 
 
 def test_a_hundred_streams_with_half_the_clients_gone_leave_nothing(live: Live):

@@ -133,7 +133,7 @@ def test_a_call_that_must_come_comes(live: Live, seed: int):
         ([WEATHER, TIME], {"type": "function", "function": {"name": "get_time"}}, {"get_time"}),
     ):
         asked = {"messages": ASK, "tools": tools, "tool_choice": choice, "temperature": 1.5, "seed": seed}
-        answer = live.ask(CHAT, **asked, max_tokens=200)["choices"][0]
+        answer = live.ask(CHAT, **asked, max_tokens=600)["choices"][0]
         assert answer["finish_reason"] == "tool_calls", answer
         [call] = answer["message"]["tool_calls"]
         assert call["function"]["name"] in names
@@ -143,7 +143,7 @@ def test_a_call_that_must_come_comes(live: Live, seed: int):
             if call["function"]["name"] == "get_time"
             else arguments["city"] in ("Paris", "Rome")
         )
-        streamed = live.events(CHAT, **asked, max_tokens=200)
+        streamed = live.events(CHAT, **asked, max_tokens=600)
         [same] = [c for e in streamed for c in e["choices"][0]["delta"].get("tool_calls", [])]
         assert same["function"] == call["function"]
 

@@ -60,6 +60,13 @@ MEDIA_TYPES = {
 }
 PROMPT_NAMES = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/v1/embeddings": "input"}
 """What a route calls what the engine calls the prompt."""
+RESPONSES_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
+"""What /v1/responses calls the fields of a chat, which it is turned into."""
 
 
 class ErrorFacts(BaseModel):
@@ -134,6 +141,9 @@ def _add_errors(app: FastAPI) -> None:
             found = ApiError(error.status_code, str(error.detail), None, _word(error.status_code))
         else:
             found = api_error(error, PROMPT_NAMES.get(path, "prompt"))
+        if path == "/v1/responses" and found.param is not None:
+            field = found.param.partition("[")[0].partition(".")[0]
+            found.param = RESPONSES_NAMES.get(field, field) + found.param[len(field) :]
         line: Line = request.state.line
         line.note(code=found.code or "", param=found.param or "")
         if found.status == 500:

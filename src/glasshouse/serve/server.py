@@ -6,6 +6,7 @@ reaches a server that cannot answer. Knows sockets, signals and uvicorn; nothing
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import shlex
@@ -170,10 +171,14 @@ def take_port(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        reason = "the port is in use" if error.errno == 98 else f"cannot listen: {error.strerror or error}"
+        reason = (
+            "the port is in use"
+            if error.errno == errno.EADDRINUSE
+            else f"cannot listen: {error.strerror or error}"
+        )
         fix = (
             "stop what uses it, or give another --port"
-            if error.errno == 98
+            if error.errno == errno.EADDRINUSE
             else "give another --host or --port"
         )
         raise InputError(reason, f"{host}:{port}", fix) from None
@@ -247,6 +252,7 @@ class Server(uvicorn.Server):
     async def _load(self) -> None:
         try:
             await asyncio.to_thread(self.house.load)
+            print("ready", flush=True)
         except Exception as error:
             known = error if isinstance(error, InputError) else None
             self.fault = known or InputError(f"cannot load: {type(error).__name__}: {error}", "", "")
