@@ -139,7 +139,7 @@ def deep(levels: int) -> dict[str, Any]:
 def test_schema_bombs_are_refused(live: Live, schema: dict[str, Any]):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     error = live.refused(CHAT, messages=HELLO, response_format=form)
-    assert error["param"] == "response_format"
+    assert error["param"].startswith("response_format")
     assert live.client.get("/health").status_code == 200
 
 

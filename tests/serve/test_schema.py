@@ -168,6 +168,16 @@ def test_half_of_a_surrogate_pair_is_refused(live: Live, path: str):
     assert answer.json()["error"]["param"] in ("prompt", "messages[0].content")
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "[" * 300 + "]" * 300, '"\\ud800"', '{"\\udfff": 1}'])
+def test_values_of_any_form_can_be_written_again(live: Live, path: str, value: str):
+    said = '"input": "a"' if path == "/v1/responses" else f'"messages": [{json.dumps(USER)}]'
+    body = f'{{"model": "chat", {said}, "metadata": {{"a": {value}}}}}'
+    answer = live.client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "metadata"
+
+
 def test_unknown_models(live: Live):
     for name in ("gpt-9", "../../etc/passwd", "chat\n", "<script>alert(1)</script>"):
         answer = live.client.post(TEXT, json={"model": name, "prompt": "a"})

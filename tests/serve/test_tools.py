@@ -184,13 +184,29 @@ def test_malformed_tools(live: Live, fields: dict[str, Any], param: str):
     assert live.refused(CHAT, messages=ASK, **fields)["param"].startswith(param)
 
 
-def test_a_schema_of_arguments_that_cannot_be_followed(live: Live):
-    bomb: dict[str, Any] = {"type": "string"}
-    for _ in range(200):
-        bomb = {"type": "array", "items": bomb}
-    tool = {
-        "type": "function",
-        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": bomb}}},
-    }
-    error = live.refused(CHAT, messages=ASK, tools=[tool], tool_choice="required")
-    assert error["param"] == "tools"
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize("levels", [60, 70, 200, 500, 900])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_schemas_of_arguments_nested_too_deeply(live: Live, levels: int, choice: str):
+    """Templates and compilers walk through them: refused before they do."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": nested(levels)}}
+    answer = live.post(CHAT, messages=ASK, tools=[tool], tool_choice=choice, max_tokens=1)
+    assert answer.status_code in ((400,) if levels > 64 else (200, 400))
+    if answer.status_code == 400:
+        assert answer.json()["error"]["param"].startswith(("tools", "messages"))
+
+
+def test_half_of_a_surrogate_pair_in_a_schema_is_refused(live: Live):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["\ud800"]}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["\ud800"]}}}
+    for fields, param in (({"tools": [tool]}, "tools[0]"), ({"response_format": form}, "response_format")):
+        body = json.dumps({"model": "chat", "messages": ASK, **fields}).encode()
+        answer = live.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"].startswith(param)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from glasshouse.serve.metrics import Line, Log, Metrics, escape
+from glasshouse.serve.metrics import Line, Log, Metrics
 from glasshouse.serve.models import House
 from glasshouse.serve.openai import TYPES, ApiError, to_json
 
@@ -300,7 +300,7 @@ def _shows(authorization: str, key: bytes) -> bool:
 
 
 def describe_fault(error: BaseException) -> str:
-    """A fault in one line: its kind, what it says, and the place in the code."""
+    """A fault in a few words: its kind, what it says, and the place in the code; whoever logs it escapes it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
-    return escape(f"{type(error).__name__}: {str(error)[:300]}{place}")
+    return f"{type(error).__name__}: {str(error)[:300]}{place}"

@@ -23,6 +23,7 @@ from glasshouse.serve.schema import (
     NewTokens,
     Sampling,
     Switch,
+    Table,
     Text,
 )
 from glasshouse.serve.stream import Job
@@ -72,7 +73,7 @@ class FunctionTool(Fields):
     type: Literal["function"]
     name: Name
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Table | None = None
     strict: Switch | None = None
 
 
@@ -89,7 +90,7 @@ class TextFormat(Fields):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Name | None = None
     description: Text | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: Table | None = Field(default=None, alias="schema")
     strict: Switch | None = None
 
 
@@ -116,7 +117,7 @@ class ResponsesRequest(Sampling):
     previous_response_id: str | None = Field(None, max_length=256, description="Refused: nothing is stored.")
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    reasoning: dict[str, Any] | None = Field(None, max_length=16, description="Ignored.")
+    reasoning: Table | None = Field(None, max_length=16, description="Ignored.")
 
 
 def chat_request(body: ResponsesRequest) -> ChatRequest:

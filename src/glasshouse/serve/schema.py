@@ -4,6 +4,7 @@ A field that is not known is refused, as OpenAI does, except those that change n
 Bounds of numbers are those of inference/sampling.py. Knows nothing of models or of how an answer comes about.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,6 +18,38 @@ MOST_TOKENS = int(BOUNDS["max_new_tokens"].high)
 LONGEST_STOP = 256
 LONGEST_TEXT = 2**22
 MOST_BIASES = 1024
+DEEPEST = 64
+"""Levels of nesting in a value of any form: whoever walks through it later may recurse."""
+
+
+def _check_any(value: Any) -> Any:
+    """A JSON value of any form, not too deep, of numbers and characters that can be written again."""
+    left = [(value, 1)]
+    while left:
+        item, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"nested too deeply: use at most {DEEPEST} levels")
+        if isinstance(item, str):
+            _check_text(item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise ValueError("NaN and Infinity are no JSON")
+        elif isinstance(item, dict):
+            left += [(key, depth) for key in item]
+            left += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, list):
+            left += [(inner, depth + 1) for inner in item]
+    return value
+
+
+def _check_text(text: str) -> str:
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{len(text):,} characters; give at most {LONGEST_TEXT:,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no character") from None
+    return text
+
 
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -26,6 +59,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Count = Annotated[int, Field(ge=1, le=MOST_ANSWERS, strict=True)]
 NewTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+Table = Annotated[dict[str, Any], BeforeValidator(_check_any)]
 
 
 class Fields(BaseModel):
@@ -46,7 +80,7 @@ class Sampling(Fields):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, strict=True, description="Random without one.")
     stream: Switch | None = False
     user: str | None = Field(None, max_length=1000, description="Ignored.")
-    metadata: dict[str, Any] | None = Field(None, max_length=16, description="Ignored.")
+    metadata: Table | None = Field(None, max_length=16, description="Ignored.")
     service_tier: str | None = Field(None, max_length=100, description="Ignored.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Ignored.")
     prompt_cache_key: str | None = Field(
@@ -134,16 +168,6 @@ def _check_prompt(value: Any) -> Any:
     if any(min(item) < 0 for item in value):
         raise ValueError("a token's number is at least 0")
     return value
-
-
-def _check_text(text: str) -> str:
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"{len(text):,} characters; give at most {LONGEST_TEXT:,}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no character") from None
-    return text
 
 
 Prompts = Annotated[
@@ -266,7 +290,7 @@ class Function(Fields):
 
     name: Name
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of its arguments.")
+    parameters: Table | None = Field(None, description="A JSON schema of its arguments.")
     strict: Switch | None = None
 
 
@@ -295,7 +319,7 @@ class JsonSchema(Fields):
 
     name: Name
     description: Text | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: Table = Field(default_factory=dict, alias="schema")
     strict: Switch | None = None
 
 
