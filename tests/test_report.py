@@ -290,6 +290,26 @@ def test_front_matter_is_what_the_hub_reads(run: Run):
 
 
 @pytest.mark.parametrize(
+    ("facts", "said", "task", "command"),
+    [
+        ({"stage": "finetune", "method": "lora", "base": "runs/base", "examples": {"kept": 52}},
+         "fine-tuned (lora) from base on 52 examples", "text-generation", "glasshouse chat"),
+        ({"model_shape": {"num_encoder_layers": 4, "num_decoder_layers": 4, "embedding_dim": 128}},
+         "An encoder-decoder", "translation", "glasshouse translate"),
+        ({"shape": {"model": {"head": "masked", "vocab_size": 100}}}, "to guess hidden tokens", "fill-mask", "AutoModelForMaskedLM"),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_kind_of_model_it_is(run: Run, facts: dict, said: str, task: str, command: str):
+    run.update(**facts)
+    write_report(run)
+    text = (run.path / "README.md").read_text(encoding="utf-8")
+    assert said in text
+    assert command in text
+    assert front_matter(run)["pipeline_tag"] == task
+    assert "It continues text" not in text
+
+
+@pytest.mark.parametrize(
     ("named", "expected"),
     [
         ("Apache-2.0", ("apache-2.0", None)),

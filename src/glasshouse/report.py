@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from glasshouse.card.corpus import corpus_sections
+from glasshouse.card.encoder import encoder_sections
 from glasshouse.card.facts import Facts, Row, part, rows_of
+from glasshouse.card.kind import kind_of
 from glasshouse.card.model import model_sections
 from glasshouse.card.page import clean, render_html, render_markdown
 from glasshouse.card.quantity import number_of
@@ -42,7 +44,10 @@ def write_report(run: Run) -> None:
     facts = read_facts(run)
     is_corpus = facts.run.get("stage") == "prepare"
     title = f"{facts.name}: a {'corpus' if is_corpus else 'language model'}, with its measurements"
-    blocks = corpus_sections(facts) if is_corpus else model_sections(facts)
+    if is_corpus:
+        blocks = corpus_sections(facts)
+    else:
+        blocks = encoder_sections(facts) if facts.is_encoder else model_sections(facts)
     blocks = [*blocks, *other_reports(facts)]
     head = corpus_head(facts) if is_corpus else model_head(facts)
     front = yaml.safe_dump(_plain(head), sort_keys=False, allow_unicode=True, width=110)
@@ -121,6 +126,8 @@ def _find_corpus(run: Run, facts: Row, notes: list[str]) -> Path | None:
     if facts.get("stage") == "prepare":
         return run.corpus_path if run.corpus_path.is_dir() else None
     parent = next(iter(rows_of(facts.get("parents"))), {})
+    if not parent or facts.get("stage") == "finetune":
+        return None
     recorded = Path(str(parent.get("path", "")))
     for place in (recorded, run.path.resolve().parent / recorded.name) if recorded.name else ():
         folder = place / "corpus" if (place / "corpus").is_dir() else place
@@ -156,10 +163,11 @@ def model_head(facts: Facts) -> Row:
     named = str(facts.run.get("licence") or "")
     known = HUB_LICENCES.get(named.lower())
     licence = {"license": known} if known else {"license": "other", "license_name": named or "not-declared"}
+    kind = kind_of(facts)
+    task, tags = ("fill-mask", ("masked-lm", "from-scratch")) if facts.is_encoder else (kind.task, kind.tags)
     head: Row = {
         **licence, "language": facts.languages or ["und"], "library_name": "transformers",
-        "pipeline_tag": "text-generation", "tags": ["glasshouse", "causal-lm", "from-scratch"],
-        "datasets": _identifiers(facts),
+        "pipeline_tag": task, "tags": ["glasshouse", *tags], "datasets": _identifiers(facts),
     }  # fmt: skip
     found, held_out = part(facts.evaluation, "bits_per_byte"), part(facts.evaluation, "held_out")
     if number_of(found.get("value")) is not None and facts.evaluation.get("digest") == facts.run.get(
@@ -171,9 +179,9 @@ def model_head(facts: Facts) -> Row:
             "type": str(held_out.get("corpus") or "corpus")[:16],
             "split": "validation",
         }
-        task = {"type": "text-generation", "name": "language modelling"}
+        measured = {"type": "text-generation", "name": "language modelling"}
         head["model-index"] = [
-            {"name": facts.name, "results": [{"task": task, "dataset": corpus, "metrics": [metric]}]}
+            {"name": facts.name, "results": [{"task": measured, "dataset": corpus, "metrics": [metric]}]}
         ]
     return {key: value for key, value in head.items() if value != []}
 

@@ -1,12 +1,16 @@
 """See-through mode from end to end: a real browser, the real server, and a model that knows some lines by heart."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serve.conftest import COUNT, GREETING, Live, running
+from tests.serve.conftest import COUNT, CPU, GREETING, Live, running
 from tests.serve.test_page import CHROMIUM, FLAGS
+
+from glasshouse.serve.models import open_models
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -115,7 +119,7 @@ def test_layers_show_what_each_would_have_said_and_where_the_word_first_leads(pa
     word = page.locator("#panel h2").inner_text()
     assert rows.last.locator(".label").inner_text() == word
     expect(page.locator("#panel .layers li.first")).to_have_count(1)
-    expect(page.locator("#panel .layers .mark")).to_contain_text("leads")
+    expect(page.locator("#panel .layers .leads")).to_contain_text("leads")
     page.locator("#panel-next").click()
     expect(rows.last.locator(".label")).to_have_text(page.locator("#panel h2").inner_text())
 
@@ -159,6 +163,10 @@ def test_characters_of_several_tokens_are_one_place_with_a_step_for_each(page, l
         page.keyboard.press("ArrowRight")
     assert len(seen) == len(ids)
     assert "▯" in seen
+    tokens.first.click()
+    expect(page.locator("#panel .word p")).not_to_contain_text("Part")
+    tokens.filter(has_text="👋").click()
+    expect(page.locator("#panel .word p")).to_contain_text("of this character")
 
 
 def test_the_same_text_is_asked_for_once(page, live):
@@ -177,6 +185,18 @@ def test_the_same_text_is_asked_for_once(page, live):
     page.locator(".turn:not(.mine) .token").nth(4).click()
     expect(page.locator("#panel .layers li")).to_have_count(3)
     assert len(asked) == len(set(asked))
+
+
+def test_only_a_run_that_was_pretrained_and_no_more_is_said_to_be_a_base_model(
+    model_folder: Path, tmp_path: Path
+):
+    folder = tmp_path / "run" / "model"
+    shutil.copytree(model_folder, folder)
+    assert open_models([f"one={folder}"], CPU)["one"].description()["capabilities"]["instructed"]
+    for stage, instructed in (("pretrain", False), ("finetune", True)):
+        (folder.parent / "run.json").write_text(json.dumps({"stage": stage}))
+        served = open_models([f"one={folder}"], CPU)["one"]
+        assert served.description()["capabilities"]["instructed"] == instructed
 
 
 def test_the_page_of_a_server_with_a_key(browser, model_folder: Path):

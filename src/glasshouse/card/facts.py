@@ -53,6 +53,11 @@ class Facts:
         return part(self.run, "shape", "model")
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether the model guesses hidden tokens, so that its losses are no bits per byte."""
+        return "head" in self.shape
+
+    @property
     def best(self) -> Row:
         """The validation with the lowest loss, or {}: the one whose weights the run keeps."""
         known = [row for row in self.validations if number_of(row.get("validation_loss")) is not None]

@@ -6,6 +6,7 @@ A figure is printed with its unit, its interval and how it was found. What no fi
 import re
 
 from glasshouse.card.facts import Facts, Row, part, rows_of, spread, tokens_seen
+from glasshouse.card.kind import kind_of
 from glasshouse.card.page import Block, Bullets, Code, Heading, Listing, Paragraph, Table
 from glasshouse.card.quantity import count, decimal, duration, energy, number_of, scaled
 from glasshouse.card.reports import state_of
@@ -24,18 +25,7 @@ UNMEASURED = (
         "no attack has been run; it has had no training to refuse anything",
     ),
 )
-TRANSFORMERS = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "{folder}"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer("{prompt}", return_tensors="pt")
-written = model.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.8)
-print(tokenizer.decode(written[0], skip_special_tokens=True))
-""".strip()
 WARNINGS = (
-    "It continues text in the manner of what it was trained on. It states false things as easily as true ones.",
     "Do not use it where a wrong or offensive sentence does harm. Nothing here holds for text unlike the held-out text.",
 )
 
@@ -44,7 +34,7 @@ def model_sections(facts: Facts) -> list[Block]:
     """The card of a model."""
     return [
         *state_of(facts), *_summary(facts), *_use(facts), *_results(facts), *course(facts), *_samples(facts), *data(facts),
-        *making(facts), *cost(facts), *_limits(facts),
+        *making(facts), *cost(facts), *limits(facts, (kind_of(facts).warning, *WARNINGS)),
     ]  # fmt: skip
 
 
@@ -55,11 +45,12 @@ def _summary(facts: Facts) -> list[Block]:
     languages = ", ".join(facts.languages)
     text = f"{scaled(train.get('bytes'), 'B')} of text" if train else "text"
     text += f" ({languages})" if languages else ""
-    english = (
-        f"A decoder-only language model with {size} weights ({count(shape.get('num_layers'))} layers, width "
-        f"{count(shape.get('embedding_dim'))}), pretrained from scratch on {text}. It continues text; it has not been "
-        f"trained to follow instructions. {_headline(facts)}"
-    )
+    noun, origin, does = kind_of(facts).english
+    shape = shape or part(run, "model_shape")
+    layers = shape.get("num_layers", shape.get("num_decoder_layers"))
+    known = f" ({count(layers)} layers, width {count(shape.get('embedding_dim'))})" if shape else ""
+    on = f" on {text}" if train and run.get("stage") == "pretrain" else ""
+    english = f"{noun} with {size} weights{known}, {origin}{on}. {does} {_headline(facts)}"
     return [Paragraph(english), Paragraph(_chinese(facts, size, languages), "", "zh")]
 
 
@@ -77,7 +68,8 @@ def _headline(facts: Facts) -> str:
 
 def _chinese(facts: Facts, size: str, languages: str) -> str:
     train = part(facts.corpus, "splits", "train")
-    text = f"中文简介：这是一个从零预训练的解码器语言模型，参数量 {size}"
+    is_a, does = kind_of(facts).chinese
+    text = f"中文简介：{is_a}，参数量 {size}"
     text += f"，训练文本 {scaled(train.get('bytes'), 'B')}" if train else ""
     text += f"（语言：{languages}）。" if languages else "。"
     if facts.evaluation:
@@ -88,20 +80,20 @@ def _chinese(facts: Facts, size: str, languages: str) -> str:
     else:
         text += "尚未评测。"
     text += "" if facts.is_finished else "训练尚未完成。"
-    return f"{text}它只会续写文本，没有经过指令训练。偏见、训练文本泄露与恶意提示均未测量。"
+    return f"{text}{does}偏见、训练文本泄露与恶意提示均未测量。"
 
 
 def _use(facts: Facts) -> list[Block]:
     prompt = str(facts.settings.get("sample_prompt") or "")
     if not re.fullmatch(r"[\w ,.:;?-]+", prompt, re.ASCII):  # what needs no quoting in a shell or in Python
         prompt = "Once upon a time"
-    shell = f'glasshouse generate {facts.place} "{prompt}" --max_new_tokens 60 --temperature 0.8 --seed 1'
+    kind = kind_of(facts)
     return [
         Heading("How to use it"),
         Paragraph(("From the folder that holds ", Code(f"{facts.place}/"), ":")),
-        Listing(shell, "sh"),
+        Listing(kind.command.format(place=facts.place, prompt=prompt), "sh"),
         Paragraph("Or with transformers, without Glasshouse:"),
-        Listing(TRANSFORMERS.format(folder=f"{facts.place}/model", prompt=prompt), "python"),
+        Listing(kind.program.format(folder=f"{facts.place}/model", prompt=prompt), "python"),
     ]
 
 
@@ -114,7 +106,7 @@ def interval(found: Row, digits: int = 3) -> str:
 def _results(facts: Facts) -> list[Block]:
     report, head = facts.evaluation, Heading("How well it predicts text")
     if not report:
-        command = Code(f"glasshouse evaluate {facts.place}")
+        command = Code(kind_of(facts).measure.format(place=facts.place))
         return [
             head,
             Paragraph(("Bits per byte on held-out text: not measured yet. Measure them with ", command, ".")),
@@ -198,7 +190,8 @@ def _samples(facts: Facts) -> list[Block]:
     ]
 
 
-def _limits(facts: Facts) -> list[Block]:
+def limits(facts: Facts, warnings: tuple[str, ...]) -> list[Block]:
+    """What was measured of each known limit, and what was not."""
     run, train = facts.run, number_of(part(facts.corpus, "splits", "train").get("tokens"))
     spent = [scaled(run.get("flops"), "FLOP"), duration(run.get("seconds")), scaled(run.get("memory"), "B")]
     spent += [f"{energy(run.get('energy'))}; predictions and methods are above"]
@@ -212,7 +205,7 @@ def _limits(facts: Facts) -> list[Block]:
         ("dependence on data", f"{passes}; what more or other text would change is not measured yet"),
         *((name, f"not measured yet: {why}") for name, why in UNMEASURED),
     ]
-    return [Heading("Limits"), Table(("limit", "measured"), rows), Bullets(WARNINGS)]
+    return [Heading("Limits"), Table(("limit", "measured"), rows), Bullets(warnings)]
 
 
 def _overfitting(facts: Facts) -> str:

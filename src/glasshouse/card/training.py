@@ -40,7 +40,7 @@ def course(facts: Facts) -> list[Block]:
     return [
         head,
         Figures(_plots(facts)) if can_draw() else _how_to_draw(facts),
-        Table(COURSE, [_course_row(merged[row["step"]]) for row in shown]),
+        Table(_columns(facts), [_course_row(facts, merged[row["step"]]) for row in shown]),
         Paragraph("Share of peak: of this machine's measured matrix-multiplication rate.", "soft"),
         Paragraph(_odd_steps(facts)),
     ]
@@ -51,12 +51,24 @@ def _how_to_draw(facts: Facts) -> Paragraph:
     return Paragraph(("Plots need matplotlib: ", install, ", then ", again, "."), "soft")
 
 
-def _course_row(row: Row) -> list[str]:
-    held_out = decimal(row.get("validation_bits_per_byte")) if "validation_loss" in row else ""
+def _columns(facts: Facts) -> tuple[str, ...]:
+    return tuple(name.replace("bits/byte", "nats a guess") if facts.is_encoder else name for name in COURSE)
+
+
+def _losses(facts: Facts) -> tuple[str, str, str]:
+    """How the losses of training and of validation are called in the log, and their unit."""
+    if facts.is_encoder:
+        return "loss", "validation_loss", "nats a guess"
+    return "bits_per_byte", "validation_bits_per_byte", "bits per byte"
+
+
+def _course_row(facts: Facts, row: Row) -> list[str]:
+    train, validation, _ = _losses(facts)
+    held_out = decimal(row.get(validation)) if "validation_loss" in row else ""
     rate = number_of(row.get("learning_rate"))
     return [
         count(row["step"]),
-        decimal(row.get("bits_per_byte")),
+        decimal(row.get(train)),
         held_out,
         "" if rate is None else f"{rate:.2g}",
         count(row.get("tokens_per_second")),
@@ -85,19 +97,20 @@ def _plots(facts: Facts) -> list[tuple[str, str, str]]:
 
 
 def _learning_curve(facts: Facts) -> list[tuple[str, str, str]]:
-    at, bits = numbers(facts.steps, "bits_per_byte")
+    train, validation, unit = _losses(facts)
+    at, bits = numbers(facts.steps, train)
     lines = [Series("", at, bits, "faint"), Series("training, smoothed", at, smooth(bits))] if at else []
-    seen, held_out = numbers(facts.validations, "validation_bits_per_byte")
+    seen, held_out = numbers(facts.validations, validation)
     if seen:
         best = held_out.index(min(held_out))
         lines.append(Series("validation", seen, held_out, "points", True))
         lines.append(Series("best", [seen[best]], [held_out[best]], "ring", True))
-    spikes = numbers([row for row in facts.steps if row.get("spike")], "bits_per_byte")
+    spikes = numbers([row for row in facts.steps if row.get("spike")], train)
     if spikes[0]:
         lines.append(Series("spike", *spikes, "cross", True))
     if not lines:
         return []
-    drawn = draw_lines("learning-curve", lines, "bits per byte", from_zero=False)
+    drawn = draw_lines("learning-curve", lines, unit, from_zero=False)
     return [("Learning curve", "lower is better", drawn)]
 
 

@@ -144,6 +144,9 @@ def finetune(config: FinetuneConfig, run: Run) -> None:
         steps = config.steps or max(1, math.ceil(config.epochs * rows.rows / config.rows))
         course = _course(config, run, device, artifact, rows, held_out, steps)
         course = replace(course, keep=lambda: keep_model(run, artifact, adapter, lessons))
+        if device.rank == 0:
+            run.update(examples={"kept": counts.kept, "form": counts.form, "left_out": dict(counts.dropped),
+                                 "cut": counts.shortened, "held_out": len(held_out), "files": list(config.data)})  # fmt: skip
         predicted = _predict(config, run, device, course, optimizer, model, context)
         history = resume(run, optimizer, device.rank == 0)
         with Progress(steps, history.step, quiet=device.rank > 0) as progress:
