@@ -32,7 +32,12 @@ GENERATE_HELP = {
     "form FORM": "what the answer must be: json, schema:FILE, regex:PATTERN, choice:A|B|C or grammar:FILE",
     "draft GUESSER": "guess ahead while that is faster: lookup, or a smaller model; changes no text",
     "beams N": "search for the likeliest text, so many at a time, instead of drawing",
+    "quantize KIND": "int8 or int4: weights of 8 or 4 bits; what they cost is measured and said",
 }
+CHAT_HELP = {
+    name: GENERATE_HELP[name] for name in ("MODEL", "device DEVICE", "dtype FORMAT", "quantize KIND")
+}
+CHAT_HELP["system TEXT"] = "what the model is told before everything"
 EXPORT_HELP = {
     "MODEL": "a run, a model folder, or a folder in Hugging Face layout",
     "to FORMAT": "gguf (llama.cpp, Ollama), onnx, or int8 or int4: a model folder of smaller weights",
@@ -51,6 +56,7 @@ TRANSLATE_HELP = {
     "TEXT": "what to translate, in quotes; - reads lines from standard input",
     "file FILE": "translate a file line by line instead",
     "references FILE": "also measure: the right answers, line by line (needs sacrebleu)",
+    "threads N": "CPU threads; all by default",
     "device DEVICE": "auto, cpu, cuda or mps",
     "dtype FORMAT": "auto, float32 or bfloat16",
 }
@@ -265,7 +271,8 @@ def _generate(words: list[str]) -> int:
 
     path, prompt = _take_positionals("generate", words, "MODEL [PROMPT]")
     where, number_format = _take_value(words, "device") or "auto", _take_value(words, "dtype") or "auto"
-    form, draft, beams = (_take_value(words, name) or "" for name in ("form", "draft", "beams"))
+    names = ("form", "draft", "beams", "quantize")
+    form, draft, beams, quantize = (_take_value(words, name) or "" for name in names)
     config = parse_config(GenerationConfig, words, "generate", options=GENERATE_HELP)
     from glasshouse.device import open_device
     from glasshouse.inference.generate import AnswerOptions, generate_text
@@ -275,8 +282,23 @@ def _generate(words: list[str]) -> int:
         raise InputError(
             f"{beams!r} is not a whole number", "--beams", "give the number of texts kept at a time"
         )
-    options = AnswerOptions(form, draft, int(beams or 0))
+    options = AnswerOptions(form, draft, int(beams or 0), quantize)
     generate_text(path, prompt, config, open_device(where, number_format, config.seed), options=options)
+    return 0
+
+
+def _chat(words: list[str]) -> int:
+    from glasshouse.config import parse_config
+    from glasshouse.inference.sampling import GenerationConfig
+
+    [path] = _take_positionals("chat", words, "MODEL")
+    where, number_format = _take_value(words, "device") or "auto", _take_value(words, "dtype") or "auto"
+    system, quantize = (_take_value(words, name) or "" for name in ("system", "quantize"))
+    config = parse_config(GenerationConfig, words, "chat", options=CHAT_HELP)
+    from glasshouse.device import open_device
+    from glasshouse.inference.generate import chat_with
+
+    chat_with(path, config, open_device(where, number_format, config.seed), system, quantize)
     return 0
 
 
@@ -303,13 +325,16 @@ def _translate(words: list[str]) -> int:
     path, text = _take_positionals("translate", words, "MODEL [TEXT]")
     where, number_format = _take_value(words, "device") or "auto", _take_value(words, "dtype") or "auto"
     file, references = _take_value(words, "file"), _take_value(words, "references")
+    threads = _take_value(words, "threads") or "0"
+    if not threads.isdigit():
+        raise InputError(f"{threads!r} is not a whole number", "--threads", "give the number of CPU threads")
     config = parse_config(TranslationConfig, words, "translate", options=TRANSLATE_HELP)
     from glasshouse.device import open_device
     from glasshouse.evaluation.translation import translate_lines
 
     if text == "-":
         text = sys.stdin.read()
-    device = open_device(where, number_format)
+    device = open_device(where, number_format, threads=int(threads))
     known = Path(references) if references else None
     translate_lines(path, text, config, device, Path(file) if file else None, known)
     return 0
@@ -461,6 +486,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("a corpus -> a language model", _pretrain),
     "finetune": ("a model and examples -> a model that answers like them", _finetune),
     "generate": ("a model and a prompt -> text", _generate),
+    "chat": ("talk with a model in this terminal", _chat),
     "translate": (
         "a model trained on pairs and text -> its counterpart; with --references, how good",
         _translate,
