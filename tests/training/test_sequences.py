@@ -197,6 +197,29 @@ def test_stopped_and_resumed_is_uninterrupted(trained, monkeypatch, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_rows_that_are_left_out_are_named(tmp_path, capsys):
+    train = write_pairs(tmp_path / "train.tsv", 60, 0)
+    text = (tmp_path / "train.tsv").read_text()
+    (tmp_path / "train.tsv").write_text("a cat\t \n" + text + "\tKatze\n" + text.splitlines(True)[0])
+    words = [
+        "pretrain",
+        "--pairs",
+        train,
+        "--validation",
+        train,
+        *TINY,
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "left out 2 rows with an empty side: 1, 62" in said
+    assert "rows say what an earlier row says" in said
+    assert "passes over 61 pairs" in said
+
+
 def test_pairs_that_changed_are_refused_on_resume(trained, tmp_path, monkeypatch, capsys):
     train = write_pairs(tmp_path / "train.tsv", 60, 0)
     calls = iter(range(10**6))

@@ -21,7 +21,7 @@ from glasshouse.errors import InputError
 from glasshouse.inference.search import BeamConfig, search_translations
 from glasshouse.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, initialize_sequences
 from glasshouse.run import Run
-from glasshouse.text.pairs import Pairs, PairStream, SequenceRows, encode_pairs, read_pairs
+from glasshouse.text.pairs import SHOWN_ROWS, Pairs, PairStream, SequenceRows, encode_pairs, read_pairs
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
 from glasshouse.training.distributed import StopSignal, process_group, require_agreement, sum_numbers
 from glasshouse.training.objectives import SequenceBatch, sequence_to_sequence
@@ -77,19 +77,19 @@ class PairsConfig:
     validation: tuple[Path, ...]
     columns: tuple[str, ...] | None = None
     layout: str = "marian"
-    vocab_size: int = 6000
+    vocab_size: int = 4000
     layers: int = 4
     width: int = 128
     heads: int = 4
     feed_forward: int = 512
-    dropout: float = 0.2
+    dropout: float = 0.15
     smoothing: float = 0.1
     epochs: float | None = None
     minutes: float | None = None
     batch_tokens: int = 4096
     optimizer: str = "muon"
     learning_rate: float = 2e-3
-    matrix_learning_rate: float = 1e-2
+    matrix_learning_rate: float = 5e-3
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup: float = 0.05
@@ -116,6 +116,7 @@ class Material:
         texts: the validation pairs as they were read.
         tokens_per_byte: target tokens per byte of target text, in "train" and "validation".
         digest: names the pairs.
+        left_out: a line for each kind of row that was left out or is there twice.
     """
 
     train: PairStream
@@ -124,6 +125,7 @@ class Material:
     texts: Pairs
     tokens_per_byte: dict[str, float]
     digest: str
+    left_out: tuple[str, ...]
 
 
 def pretrain_pairs(config: PairsConfig, run: Run) -> None:
@@ -182,7 +184,26 @@ def _material(config: PairsConfig, device: Device) -> Material:
         )
         size = sum(len(pair.target.encode()) for pair in part.pairs)
         rates[name] = sum(map(len, targets)) / size
-    return Material(streams["train"], streams["validation"], tokenizer, held_out, rates, texts.digest)
+    return Material(
+        streams["train"],
+        streams["validation"],
+        tokenizer,
+        held_out,
+        rates,
+        texts.digest,
+        tuple(_left_out(texts)),
+    )
+
+
+def _left_out(texts: Pairs) -> Iterator[str]:
+    """What is odd about the pairs, a line each."""
+    if texts.empty:
+        rows = ", ".join(map(str, texts.empty[:SHOWN_ROWS])) + (
+            ", ..." if len(texts.empty) > SHOWN_ROWS else ""
+        )
+        yield f"left out {len(texts.empty):,} rows with an empty side: {rows}"
+    if texts.repeated:
+        yield f"{texts.repeated:,} rows say what an earlier row says, in the same words; they stay"
 
 
 def sequence_shape(config: PairsConfig, vocab_size: int) -> EncoderDecoderConfig:
@@ -360,3 +381,4 @@ def _facts(material: Material, predicted: Prediction, steps: int, config: PairsC
         f"vocabulary {vocabulary:,}; {steps:,} steps, {steps / train.batches:.1f} passes over {len(train.sources):,} pairs"
     )
     yield f"padding: {train.padding():.1%} of what is computed"
+    yield from material.left_out
