@@ -186,7 +186,9 @@ def test_fresh_weights_start_near_the_uniform_guess_and_every_one_learns(config)
                     parameter.normal_(0, 0.05)
     logits = model.logits(model(targets, memory=model.encode(sources)))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    assert loss.item() < 2 * math.log(50)  # a tied head knows the token it was given, which costs a little at first
+    assert loss.item() < 2 * math.log(
+        50
+    )  # a tied head knows the token it was given, which costs a little at first
     loss.backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not [
@@ -222,3 +224,16 @@ def test_order_matters_on_both_sides(config):
     assert (from_sources[0, -1] - from_sources[1, -1]).abs().max() > 1e-4
     from_targets = model(targets, memory=model.encode(sources[:1].expand(2, -1)))
     assert (from_targets[0, -1] - from_targets[1, -1]).abs().max() > 1e-4
+
+
+@each_layout
+@pytest.mark.parametrize("length", [1, 4])
+@torch.no_grad()
+def test_rows_of_one_source_share_what_is_known_of_it(config, length):
+    """Three targets for each of two sources: the memory given once for each source, or once for each target."""
+    model, sources, targets = made(config), ids(1, 2, 11), ids(2, 6, length)
+    mask = torch.arange(11)[None] < torch.tensor([[11], [6]])
+    memory = model.encode(sources, mask)
+    shared = model(targets, memory=model.remember(memory), memory_mask=mask)
+    memory, mask = memory.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
+    assert torch.allclose(shared, model(targets, memory=memory, memory_mask=mask), atol=1e-5)
