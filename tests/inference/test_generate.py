@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 from glasshouse.artifact import open_artifact, save_artifact
 from glasshouse.device import open_device
 from glasshouse.errors import InputError
-from glasshouse.inference.engine import Token
+from glasshouse.inference.engine import Token, generate
 from glasshouse.inference.generate import (
     AnswerOptions,
     answer_several,
+    chat,
     continue_text,
     end_tokens,
     generate_text,
@@ -238,3 +240,62 @@ def test_options_that_cannot_be_met(folder, options, message):
 def test_more_answers_than_beams(folder):
     with pytest.raises(InputError, match="3 answers of 2 beams"):
         answer(folder, GenerationConfig(n=3), beams=2)
+
+
+# ---- conversations
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory):
+    """A model with room for a few turns."""
+    path = tmp_path_factory.mktemp("chat") / "model"
+    tokenizer = train_tokenizer(iter(["The cat sat. 猫坐着。 The cat ran. user assistant system\n"] * 4), 290)
+    model = Decoder(DecoderConfig(290, 32, 2, 4, 2, 8, 48, 512))
+    initialize(model, 1)
+    save_artifact(path, model, tokenizer)
+    return path
+
+
+def asked(artifact, messages, config):
+    """The answer to a whole conversation, asked for by itself."""
+    prompt = artifact.tokenizer.encode_chat(messages)
+    tokens = generate(artifact.model, artifact.tokenizer, prompt, config, end_tokens=end_tokens(artifact))
+    return "".join(one.text for one in tokens)
+
+
+def test_each_answer_is_that_to_the_whole_conversation(roomy):
+    artifact, output = open_artifact(roomy), io.StringIO()
+    chat(artifact, CONFIG, io.StringIO("Hi\n\nAnd you?\n/reset\nHi\n"), output, "Be brief.")
+    system, hi = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    first = asked(artifact, [system, hi], CONFIG)
+    turn = [system, hi, {"role": "assistant", "content": first}, {"role": "user", "content": "And you?"}]
+    second = asked(artifact, turn, replace(CONFIG, seed=3))
+    third = asked(artifact, [system, hi], replace(CONFIG, seed=4))
+    assert output.getvalue() == f"{first}\n{second}\n{third}\n\n"
+
+
+def test_ctrl_c_ends_an_answer_and_the_talk_goes_on(roomy):
+    class Interrupted(io.StringIO):
+        """Ctrl-C comes while the first answer is written."""
+
+        def flush(self):
+            if not self.done and self.getvalue():
+                self.done = True
+                raise KeyboardInterrupt
+
+    output = Interrupted()
+    output.done = False
+    chat(open_artifact(roomy), CONFIG, io.StringIO("Hi\nAgain\n"), output)
+    first, second, *_ = output.getvalue().split("\n")
+    assert output.done
+    assert second
+    assert len(first) < len(asked(open_artifact(roomy), [{"role": "user", "content": "Hi"}], CONFIG))
+
+
+def test_quantized_weights_write_too_and_their_price_is_said(roomy, capsys):
+    config = replace(CONFIG, temperature=0)
+    text = generate_text(roomy, "The cat", config, device(), io.StringIO(), AnswerOptions(quantize="int8"))
+    assert text
+    assert "bits per byte instead of" in capsys.readouterr().err
+    with pytest.raises(InputError, match="int2"):
+        generate_text(roomy, "The cat", config, device(), io.StringIO(), AnswerOptions(quantize="int2"))

@@ -144,7 +144,7 @@ class Engine:
             self._cancelled.clear()
         plan = self._schedule.plan()
         events = [Event(answer.ticket, None, error) for answer, error in plan.failed]
-        choices, hidden = [], []
+        choices, hidden, count = [], [], 0
         for (answer, piece), found in _each_alone(self._read_pieces, plan.pieces):
             if isinstance(found, Exception):
                 events.append(Event(answer.ticket, None, found))
@@ -154,8 +154,9 @@ class Engine:
             if answer.request.prompt_odds is not None:
                 self._write_prompt(answer, piece, found)
             if answer.computed == len(answer.tokens):
-                choices.append(_Choice(answer, len(hidden)))
+                choices.append(_Choice(answer, count))
                 hidden.append(found[-1:])
+                count += 1
         for row, found in _each_alone(self._read_rows, plan.rows):
             if isinstance(found, Exception):
                 events.append(Event(row.answer.ticket, None, found))
@@ -163,8 +164,9 @@ class Engine:
                 self._schedule.advance(row.answer, row.answer.computed + len(row.tokens))
             else:
                 drafts = row.tokens[len(row.tokens) - row.drafts :]
-                choices.append(_Choice(row.answer, sum(map(len, hidden)), drafts))
+                choices.append(_Choice(row.answer, count, drafts))
                 hidden.append(found[-1 - row.drafts :])
+                count += 1 + row.drafts
         if choices:
             events += self._choose(choices, self._logits(torch.cat(hidden)))
         self._steps += bool(plan.pieces or plan.rows)

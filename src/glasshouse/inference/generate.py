@@ -1,4 +1,4 @@
-"""The verbs `generate` and `translate`: a model and text in; text that goes on, as it is written, or its counterpart, out.
+"""The verbs `generate`, `chat` and `translate`: a model and text in; text that goes on, as it is written, or its counterpart, out.
 
 Knows streams and model folders; how a token comes about is the engine's business, how the likeliest text is found the
 search's.
@@ -8,18 +8,20 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from glasshouse.artifact import Artifact, open_artifact, require_decoder
+from glasshouse.artifact import RUN_FILE, Artifact, open_artifact, require_decoder
 from glasshouse.device import Device
 from glasshouse.errors import InputError
+from glasshouse.files import read_json
 from glasshouse.inference.constrain import Constraint, compile_constraint
 from glasshouse.inference.engine import Engine, generate
 from glasshouse.inference.paged import PagedCache, Reader
+from glasshouse.inference.quantization import quantize_artifact
 from glasshouse.inference.request import EngineSettings, Propose, Request, StopFilter, Token
 from glasshouse.inference.sampling import GenerationConfig, expand, rank_answers
 from glasshouse.inference.search import MOST_BEAMS, BeamConfig, search_continuation, search_translations
@@ -102,11 +104,13 @@ class AnswerOptions:
         draft: what guesses ahead, as long as that is faster: "lookup" (in the text so far), or a smaller model with the
             same tokenizer; empty for nothing. Changes no text.
         beams: search for the likeliest text, so many at a time, instead of drawing; 0 to draw.
+        quantize: "int8" or "int4" for weights of so few bits; what they cost is measured and said. Empty for none.
     """
 
     form: str = ""
     draft: str = ""
     beams: int = 0
+    quantize: str = ""
 
     def __post_init__(self) -> None:
         if self.beams and (self.form or self.draft):
@@ -138,7 +142,7 @@ def generate_text(
         InputError: the model cannot be opened, the prompt leaves no room in its context, or an option cannot be met.
     """
     options, stream = options or AnswerOptions(), output or sys.stdout
-    artifact = open_artifact(path, dtype=device.compute_dtype, device=device.torch_device)
+    artifact = open_quantized(path, device, options.quantize)
     if options.beams:
         texts = search_texts(artifact, prompt, config, options.beams)
         return "\n".join(
@@ -154,6 +158,16 @@ def generate_text(
     [request] = _requests(artifact, prompt, config, options)
     engine = Engine(require_decoder(artifact), artifact.tokenizer, EngineSettings(max_batch=1))
     return write_stream(engine.stream(request), prompt, stream)
+
+
+def open_quantized(path: Path | str, device: Device, kind: str) -> Artifact:
+    """Open a model, its weights in 8 or 4 bits where that is asked for; what it costs goes to standard error."""
+    artifact = open_artifact(path, dtype=device.compute_dtype, device=device.torch_device)
+    if not kind:
+        return artifact
+    artifact, price = quantize_artifact(artifact, kind)
+    print(price, file=sys.stderr, flush=True)
+    return artifact
 
 
 def _headed(prompt: str, number: int, count: int) -> str:
@@ -362,3 +376,85 @@ def _search_config(artifact: Artifact, config: TranslationConfig, room: int) -> 
         config.beams or beams, 1, penalty if config.length_penalty is None else config.length_penalty, False,
         min(config.max_new_tokens, room),
     )  # fmt: skip
+
+
+# ---- conversations
+
+
+def chat(
+    artifact: Artifact, config: GenerationConfig, source: TextIO, output: TextIO, system: str = ""
+) -> None:
+    """Talk in a terminal: a line is what a person says, the answer comes as it is written.
+
+    Ctrl-C ends an answer, which stays in the conversation as far as it came; the end of the input ends the talk; /reset
+    begins anew. The tokens are those of the model's own chat template, as in training and in serving.
+
+    Args:
+        artifact: the model.
+        config: how tokens are drawn; the seed is that of the first answer and grows by one with each.
+        source: what the person says.
+        output: where the answers go.
+        system: what the model is told before everything.
+
+    Raises:
+        InputError: the model has no chat template, or the conversation no longer fits its context.
+    """
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages, answers = list(beginning), 0
+    engine = Engine(require_decoder(artifact), artifact.tokenizer, EngineSettings(max_batch=1))
+    ends = frozenset(end_tokens(artifact))
+    while True:
+        line = _ask(source, output)
+        if line is None:
+            output.write("\n")
+            return
+        if line == "/reset":
+            messages = list(beginning)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        prompt = artifact.tokenizer.encode_chat(messages)
+        drawn = replace(config, seed=(config.seed + answers) % 2**63)
+        written = _answer(engine.stream(Request(tuple(prompt), drawn, end_tokens=ends)), output)
+        messages.append({"role": "assistant", "content": written})
+        answers += 1
+
+
+def _ask(source: TextIO, output: TextIO) -> str | None:
+    """The next line, or None at the end of the input or a Ctrl-C."""
+    if output.isatty():
+        output.write("> ")
+        output.flush()
+    try:
+        line = source.readline()
+    except KeyboardInterrupt:
+        return None
+    return line.strip() if line else None
+
+
+def _answer(tokens: Iterator[Token], output: TextIO) -> str:
+    """Write an answer as it comes; what was written when it ended or was ended."""
+    written: list[str] = []
+
+    def kept() -> Iterator[Token]:
+        for token in tokens:
+            written.append(token.text)
+            yield token
+
+    with suppress(KeyboardInterrupt):
+        write_stream(kept(), "", output)
+    return "".join(written)
+
+
+def chat_with(path: Path | str, config: GenerationConfig, device: Device, system: str, quantize: str) -> None:
+    """Open a model and talk in this terminal: see `chat`."""
+    artifact = open_quantized(path, device, quantize)
+    facts = artifact.path.parent / RUN_FILE
+    if facts.is_file() and read_json(facts).get("stage") == "pretrain":
+        print(
+            "this model continues text: it was not taught to answer; glasshouse finetune does",
+            file=sys.stderr,
+        )
+    print("/reset begins anew, Ctrl-C ends an answer, Ctrl-D the talk", file=sys.stderr, flush=True)
+    chat(artifact, config, sys.stdin, sys.stdout, system)

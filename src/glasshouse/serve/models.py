@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from glasshouse.device import Device
 from glasshouse.errors import InputError
 from glasshouse.files import read_json
 from glasshouse.inference.engine import Engine, EngineThread
-from glasshouse.inference.quantization import quantization_price, quantize, settle
+from glasshouse.inference.quantization import quantize_artifact, settle
 from glasshouse.inference.request import EngineSettings, Request
 from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder
@@ -206,19 +206,6 @@ def is_instructed(artifact: Artifact) -> bool:
     """Whether a model may have been taught to answer: not where its run says that it was pretrained and no more."""
     facts = artifact.path.parent / RUN_FILE
     return not facts.is_file() or read_json(facts).get("stage") != "pretrain"
-
-
-def quantize_artifact(artifact: Artifact, kind: str) -> tuple[Artifact, str]:
-    """The same with weights of 8 or 4 bits, and what that costs, measured where the model predicts text.
-
-    Raises:
-        InputError: an unknown kind, or a model that is quantized already.
-    """
-    model, made = artifact.model, quantize(artifact.model, kind)
-    price = ""
-    if isinstance(model, Decoder) and isinstance(made, Decoder):
-        price = str(quantization_price(model, made, kind, artifact.tokenizer))
-    return replace(artifact, model=made), price
 
 
 def name_model(word: str) -> tuple[str, str]:
