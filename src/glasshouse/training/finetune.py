@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.text import Text
 
 from glasshouse.adapter import open_adapter, save_adapter
 from glasshouse.artifact import Artifact, open_artifact, require_decoder, save_artifact
@@ -25,10 +23,10 @@ from glasshouse.models.lora import AdapterConfig, adapt, merged, quantize_layers
 from glasshouse.run import Run
 from glasshouse.text.examples import Example, ExampleCounts, read_examples
 from glasshouse.text.packing import take_rows
-from glasshouse.text.supervision import Lesson, Lessons, encode_examples, show_row
+from glasshouse.text.supervision import Lesson, Lessons, encode_examples
 from glasshouse.text.tokenizer import Tokenizer
 from glasshouse.training.distributed import StopSignal, process_group, require_agreement, sum_numbers
-from glasshouse.training.objectives import TokenBatch, next_token
+from glasshouse.training.objectives import Objective, TokenBatch, distillation, next_token, to_device
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig
 from glasshouse.training.plan import (
     Prediction,
@@ -37,18 +35,24 @@ from glasshouse.training.plan import (
     matmul_rate,
     power,
 )
-from glasshouse.training.progress import Progress, Scalars
+from glasshouse.training.preferences import (
+    BETAS,
+    NEEDS_REFERENCE,
+    Comparisons,
+    Figures,
+    encode_comparisons,
+    preference_objective,
+)
+from glasshouse.training.progress import Progress, Scalars, show_lessons
 from glasshouse.training.session import Course, Training, announce, close, resume, train
-from glasshouse.training.validation import to_device
 
 LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "qlora": 1e-3}
 """Peak learning rate of each method where none is given; an adapter needs about ten times that of all weights (Schulman
 et al. 2025, "LoRA without regret")."""
+TASKS = ("chat", *BETAS, "distill")
 VALIDATION_ROWS = 64
 EXPECTED = 0.01
 """A model that gives the end of an answer less chance than this, in the geometric mean, has never seen one end."""
-
-STYLES = {"learned": "green", "seen": "dim"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ class FinetuneConfig:
         model: the model to start from: a run, a model folder, or a folder in Hugging Face layout.
         data: files of examples: OpenAI messages, ShareGPT, Alpaca, prompt and completion, or pairs; jsonl, json, csv, tsv,
             parquet.
+        task: "chat" (learn the answers), "dpo", "orpo", "kto" or "simpo" (learn from preferences), "distill" (learn a larger
+            model's odds of the answers).
+        beta: strength of a preference loss; its paper's when not given.
+        gamma: the margin that "simpo" aims at.
+        teacher: the larger model of "distill"; it must have the same tokenizer.
+        temperature: what the logits of "distill" are divided by.
         method: "full" (every weight), "lora", "dora", or "qlora" (adapters on weights of 4 bits).
         rank: width of the adapters.
         alpha: an adapter's change is scaled by alpha / rank.
@@ -70,7 +80,7 @@ class FinetuneConfig:
         context: tokens of a row; the model's own limit, at most 1024, when not given.
         rows: rows of a step.
         micro_rows: rows computed at once; fewer need less memory.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate; by default a tenth of the method's where preferences are learned.
         weight_decay: weight decay of matrices, where every weight is trained.
         clip: most the norm of the gradient may be; 0 for no limit.
         warmup: share of the steps over which the learning rate rises.
@@ -89,6 +99,11 @@ class FinetuneConfig:
 
     model: Path
     data: tuple[str, ...]
+    task: str = "chat"
+    beta: float | None = None
+    gamma: float = 1.0
+    teacher: Path | None = None
+    temperature: float = 1.0
     method: str = "lora"
     rank: int = 16
     alpha: float = 32.0
@@ -136,13 +151,19 @@ def finetune(config: FinetuneConfig, run: Run) -> None:
         artifact = open_artifact(config.model, dtype=device.compute_dtype, device=device.torch_device)
         model, tokenizer = require_decoder(artifact), artifact.tokenizer
         context = chosen_context(config, model)
-        lessons, held_out, counts = read_lessons(config, tokenizer, context)
+        sides, counts = split_examples(config)
+        pairs = read_comparisons(config, tokenizer, context, sides, counts, device)
+        lessons, held_out = read_lessons(tokenizer, context, sides, counts, pairs)
         rows = Lessons(lessons, context, tokenizer.pad, config.seed)
         unseen = [] if config.method == "full" else unseen_tokens(model, tokenizer, rows, device)
         adapter = prepare_model(config, model, unseen)
+        for side in pairs if config.task in NEEDS_REFERENCE else ():
+            side.refer(model)  # adapters change nothing yet
         optimizer = MasterOptimizer(model, _optimization(config))
-        steps = config.steps or max(1, math.ceil(config.epochs * rows.rows / config.rows))
-        course = _course(config, run, device, artifact, rows, held_out, steps)
+        count = len(pairs[0].items) if pairs else rows.rows
+        steps = config.steps or max(1, math.ceil(config.epochs * count / config.rows))
+        course = _course(config, device, artifact, rows, held_out, steps)
+        course = _preference_course(config, course, pairs) if pairs else course
         course = replace(course, keep=lambda: keep_model(run, artifact, adapter, lessons))
         if device.rank == 0:
             run.update(examples={"kept": counts.kept, "form": counts.form, "left_out": dict(counts.dropped),
@@ -157,7 +178,7 @@ def finetune(config: FinetuneConfig, run: Run) -> None:
             trained = sum(master.numel() for master in optimizer.masters.values())
             progress.say(
                 f"{predicted.parameters / 1e6:.1f}M weights, of which {trained / 1e6:.2f}M are trained ({config.method}); "
-                f"{steps} steps of {config.rows} rows of {context} tokens"
+                f"{steps} steps of {config.rows} {'comparisons' if pairs else f'rows of {context} tokens'}"
             )
             if unseen:
                 progress.say(
@@ -168,6 +189,18 @@ def finetune(config: FinetuneConfig, run: Run) -> None:
 
 
 def _check(config: FinetuneConfig) -> None:
+    if config.task not in TASKS:
+        raise InputError(f"unknown task {config.task!r}", "--task", f"choose among {', '.join(TASKS)}")
+    if (config.task == "distill") != (config.teacher is not None):
+        raise InputError(
+            "a teacher and the task distill belong together",
+            "--teacher",
+            "give both, --task distill --teacher MODEL",
+        )
+    for name in ("beta", "temperature"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} is {value}", f"--{name}", "give a number above 0")
     if config.method not in LEARNING_RATES:
         raise InputError(
             f"unknown method {config.method!r}", "--method", f"choose among {', '.join(LEARNING_RATES)}"
@@ -203,10 +236,8 @@ def chosen_context(config: FinetuneConfig, model: Decoder) -> int:
     return config.context or min(1024, most)
 
 
-def read_lessons(
-    config: FinetuneConfig, tokenizer: Tokenizer, context: int
-) -> tuple[list[Lesson], list[Lesson], ExampleCounts]:
-    """The examples as tokens: those to learn, those held out, and what was left out.
+def split_examples(config: FinetuneConfig) -> tuple[list[list[Example]], ExampleCounts]:
+    """The examples: those to learn, those held out; and what was left out.
 
     Raises:
         InputError: there is no example, or too few to hold any out.
@@ -224,8 +255,39 @@ def read_lessons(
         raise InputError(
             "one example is too few: some are held out", ", ".join(config.data), "give more examples"
         )
-    learned, kept = (encode_examples(tokenizer, side, context, counts) for side in sides)
-    return learned, kept, counts
+    return sides, counts
+
+
+def read_comparisons(
+    config: FinetuneConfig,
+    tokenizer: Tokenizer,
+    context: int,
+    sides: list[list[Example]],
+    counts: ExampleCounts,
+    device: Device,
+) -> list[Comparisons]:
+    """The examples as comparisons, those to learn and those held out; none where the task is no preference.
+
+    Raises:
+        InputError: no pair of answers is left.
+    """
+    if config.task not in BETAS:
+        return []
+    made = (encode_comparisons(tokenizer, side, context, counts, config.task) for side in sides)
+    return [Comparisons(items, tokenizer.pad, config.seed, device, config.micro_rows) for items in made]
+
+
+def read_lessons(
+    tokenizer: Tokenizer,
+    context: int,
+    sides: list[list[Example]],
+    counts: ExampleCounts,
+    pairs: list[Comparisons],
+) -> list[list[Lesson]]:
+    """The examples as tokens, those to learn and those held out; of comparisons, the first answers."""
+    if pairs:
+        return [[one.first for one in side.items] for side in pairs]
+    return [encode_examples(tokenizer, side, context, counts) for side in sides]
 
 
 def is_held_out(example: Example, fraction: float) -> bool:
@@ -299,30 +361,53 @@ def _answer_ends(tokenizer: Tokenizer, lessons: list[Lesson]) -> set[int]:
 
 
 def _optimization(config: FinetuneConfig) -> OptimizationConfig:
-    rate = config.learning_rate or LEARNING_RATES[config.method]
+    gentle = 0.1 if config.task in BETAS else 1.0
+    rate = config.learning_rate or gentle * LEARNING_RATES[config.method]
     shrink = config.weight_decay if config.method == "full" else 0.0  # rows that are not trained must stay
     return OptimizationConfig("adamw", rate, rate, shrink, config.clip, config.warmup, config.decay)
 
 
 def _course(
     config: FinetuneConfig,
-    run: Run,
     device: Device,
     artifact: Artifact,
     rows: Lessons,
     held_out: list[Lesson],
     steps: int,
 ) -> Course:
-    """What is trained: the next token of each answer."""
+    """What is trained: the next token of each answer, or a teacher's odds of it."""
     model, tokenizer = require_decoder(artifact), artifact.tokenizer
     out = Lessons(held_out, rows.context, rows.pad, config.seed)
+    objective = _teach(config, tokenizer, device) if config.task == "distill" else next_token
     densities = {"train": _tokens_per_byte(tokenizer, rows), "validation": _tokens_per_byte(tokenizer, out)}
     return Course(
-        model, next_token, lesson_batches(rows, config, device), steps, config.rows * rows.context,
+        model, objective, lesson_batches(rows, config, device), steps, config.rows * rows.context,
         flops_per_token(model.config, rows.context),
-        lambda stop: validate_lessons(model, out, config, device, stop),
+        lambda stop: validate_lessons(model, objective, out, config, device, stop),
         lambda: None,
-        lambda loss, split: loss / math.log(2) * densities[split],
+        lambda loss, split: math.nan if config.task == "distill" else loss / math.log(2) * densities[split],
+    )  # fmt: skip
+
+
+def _teach(config: FinetuneConfig, tokenizer: Tokenizer, device: Device) -> Objective:
+    """The objective of learning from a larger model."""
+    teacher = open_artifact(config.teacher or "", dtype=device.compute_dtype, device=device.torch_device)
+    if teacher.tokenizer.plain.get_vocab() != tokenizer.plain.get_vocab():
+        raise InputError("the teacher has another tokenizer", "--teacher", "give one with the student's")
+    return distillation(require_decoder(teacher), tokenizer.vocab_size, config.temperature)
+
+
+def _preference_course(config: FinetuneConfig, course: Course, pairs: list[Comparisons]) -> Course:
+    """The same course, on comparisons."""
+    figures, (learned, out) = Figures(), pairs
+    beta = BETAS[config.task] if config.beta is None else config.beta
+    objective = preference_objective(config.task, beta, config.gamma, figures)
+    lengths = [len(one.first.tokens) + len(one.second.tokens) for one in learned.items]
+    return replace(
+        course, objective=objective, batches=learned.batches(config.rows),
+        tokens=config.rows * sum(lengths) // len(lengths),
+        validate=lambda stop: out.validate(course.model, objective, VALIDATION_ROWS, stop),
+        bits_per_byte=lambda loss, split: math.nan, figures=figures.take,
     )  # fmt: skip
 
 
@@ -351,7 +436,12 @@ def lesson_batches(
 
 @torch.no_grad()
 def validate_lessons(
-    model: Decoder, held_out: Lessons, config: FinetuneConfig, device: Device, stop: Callable[[], bool]
+    model: Decoder,
+    objective: Objective,
+    held_out: Lessons,
+    config: FinetuneConfig,
+    device: Device,
+    stop: Callable[[], bool],
 ) -> float | None:
     """Mean loss, in nats per learned token, on the same held-out rows every time; None when asked to stop meanwhile."""
     model.eval()
@@ -364,7 +454,7 @@ def validate_lessons(
             return None
         if len(piece):
             rows = take_rows(whole, int(piece[0]), int(piece[-1]) + 1)
-            loss, learned = next_token(model, to_device(rows, device, True))
+            loss, learned = objective(model, to_device(rows, device, True))
             loss_sum, weight = loss_sum + float(loss), weight + learned
     loss_sum, total = sum_numbers([loss_sum, float(weight)])
     model.train()
@@ -394,6 +484,7 @@ def _predict(
     loss.backward()
     optimizer.accumulate()
     optimizer.clear()
+    course.figures()  # what this pass counted is no part of the run
     share = -(-config.rows // device.world_size)
     seconds = (time.perf_counter() - started) * -(-share // config.micro_rows) * course.steps
     trained = sum(master.numel() for master in optimizer.masters.values())
@@ -405,28 +496,5 @@ def _predict(
     )  # fmt: skip
     if device.rank == 0:
         run.update(predicted=asdict(predicted), baseline_memory=baseline, device=asdict(device), seed=config.seed,
-                   licence=config.licence, method=config.method, base=str(config.model), optimization=asdict(optimizer.config))  # fmt: skip
+                   licence=config.licence, method=config.method, task=config.task, base=str(config.model), optimization=asdict(optimizer.config))  # fmt: skip
     return predicted
-
-
-def show_lessons(console: Console, tokenizer: Tokenizer, rows: Lessons, counts: ExampleCounts) -> None:
-    """Show what will be learned: what was left out, and one row as the model will see it."""
-    console.print(
-        f"{counts.kept:,} examples ({counts.form}); {rows.rows:,} rows of {rows.context:,} tokens, {rows.waste:.1%} of them padding"
-    )
-    for line in counts.lines():
-        console.print(line, markup=False)
-    console.print(
-        "the first row: ",
-        Text("learned", "green"),
-        " and only ",
-        Text("seen", "dim"),
-        "; what a line parts cannot see each other",
-        sep="",
-    )
-    shown = Text()
-    for stretch in show_row(tokenizer, rows.batch(0, 1), 0):
-        shown.append(
-            "\n" + "─" * 40 + "\n" if stretch.kind == "border" else stretch.text, STYLES.get(stretch.kind, "")
-        )
-    console.print(shown)

@@ -5,17 +5,20 @@ never averaged, and divided once by the weight of the whole step, so neither gra
 processes can change the result. Knows nothing of optimizers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from glasshouse.device import Device
 from glasshouse.models.decoder import Decoder, DecoderConfig
 from glasshouse.models.encoder import Encoder, EncoderConfig, mean_of_tokens
 from glasshouse.models.encoder_decoder import EncoderDecoder
+from glasshouse.text.packing import Batch
 
 IGNORED = -100
 """The label of a position that is not learned from."""
@@ -39,6 +42,17 @@ class TokenBatch:
     labels: Tensor
     positions: Tensor
     documents: Tensor | None
+
+
+def to_device(rows: Batch, device: Device, isolate: bool) -> TokenBatch:
+    """Rows of a corpus as tensors on the device; without isolation a row is one document."""
+    tokens, labels, positions, documents = (
+        torch.from_numpy(array).to(device.torch_device, non_blocking=True)
+        for array in (rows.tokens, rows.labels, rows.positions, rows.documents)
+    )
+    if not isolate:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return TokenBatch(tokens, labels, positions, documents if isolate else None)
 
 
 @dataclass(frozen=True)
@@ -222,3 +236,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale, dtype = upstream.to(hidden_gradient.dtype), hidden_gradient.dtype
         bias = None if bias_gradient is None else (bias_gradient * upstream).to(dtype)
         return hidden_gradient * scale, (weight_gradient * upstream).to(dtype), None, bias, None
+
+
+def label_log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label under `hidden @ weight.T`; scores are made anew for the backward pass, a chunk at a time.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        labels: int64 [N], none ignored.
+
+    Returns:
+        In nats, float32 [N].
+    """
+
+    def chunk(piece: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+        scores = torch.log_softmax(torch.nn.functional.linear(piece, weight), dim=-1, dtype=torch.float32)
+        return scores.gather(1, label[:, None])[:, 0]
+
+    return torch.cat(list(_in_chunks(chunk, hidden, weight, labels)))
+
+
+def distillation(teacher: Decoder, vocabulary: int, temperature: float) -> Objective:
+    """The objective of learning from a larger model: at each token of an answer, KL(teacher || student), of distributions
+    softened by a temperature, times its square (Hinton et al. 2015, arXiv:1503.02531).
+
+    Args:
+        teacher: gives the distributions; it is not trained.
+        vocabulary: tokens that both know.
+        temperature: what logits are divided by.
+
+    Returns:
+        An objective on a `TokenBatch`: (sum in nats, number of tokens).
+    """
+    teacher.requires_grad_(False).eval()
+
+    def chunk(piece: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        own, other = (
+            torch.log_softmax(
+                torch.nn.functional.linear(vectors, rows[:vocabulary]).float() / temperature, -1
+            )
+            for vectors, rows in ((piece, weight), (target, teacher.output_weight))
+        )
+        return (other.exp() * (other - own)).sum(-1)
+
+    def objective(model: Decoder, batch: TokenBatch) -> tuple[Tensor, int]:
+        learned = batch.labels != IGNORED
+        with torch.no_grad():
+            target = teacher(batch.tokens, positions=batch.positions, documents=batch.documents)[learned]
+        hidden = model(batch.tokens, positions=batch.positions, documents=batch.documents)[learned]
+        pieces = _in_chunks(chunk, hidden, model.output_weight, target)
+        return torch.cat(list(pieces)).sum() * temperature**2, len(hidden)
+
+    return objective
+
+
+def _in_chunks(
+    chunk: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, others: Tensor
+) -> Iterator[Tensor]:
+    """What a function makes of a few rows at a time; nothing inside it is held for the backward pass."""
+    rows = max(1, CHUNK_SCORES // weight.shape[0])
+    for start in range(0, max(1, len(hidden)), rows):
+        yield checkpoint(  # pyright: ignore[reportReturnType]
+            chunk, hidden[start : start + rows], weight, others[start : start + rows], use_reentrant=False
+        )

@@ -4,24 +4,43 @@ It wires the parts together: shape, prediction, model, session. What each part d
 """
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
+
 from glasshouse.artifact import save_artifact
 from glasshouse.device import Device, forget_peak_memory, open_device, process_memory
 from glasshouse.errors import InputError
 from glasshouse.files import require_free, sha256_file
+from glasshouse.inference.engine import generate
+from glasshouse.inference.sampling import GenerationConfig
 from glasshouse.models.decoder import Decoder, DecoderConfig, initialize
 from glasshouse.models.encoder import Encoder, EncoderConfig, HeadConfig
 from glasshouse.run import Run
 from glasshouse.text.masking import Masking, hide_tokens
-from glasshouse.text.packing import Batch, Corpus, open_corpus
+from glasshouse.text.packing import Batch, Corpus, Split, batch, open_corpus, take_rows
 from glasshouse.text.reading import with_mask, words_of
 from glasshouse.text.tokenizer import Tokenizer, open_tokenizer
-from glasshouse.training.distributed import StopSignal, process_group, require_agreement, wait_for_all
-from glasshouse.training.objectives import masked_token, next_token
+from glasshouse.training.distributed import (
+    StopSignal,
+    process_group,
+    require_agreement,
+    sum_numbers,
+    wait_for_all,
+)
+from glasshouse.training.objectives import (
+    TokenBatch,
+    masked_token,
+    next_token,
+    objective_for,
+    to_device,
+)
 from glasshouse.training.optimization import MasterOptimizer, OptimizationConfig
 from glasshouse.training.plan import (
     Prediction,
@@ -39,7 +58,12 @@ from glasshouse.training.plan import (
 )  # fmt: skip
 from glasshouse.training.progress import Progress, Scalars
 from glasshouse.training.session import Course, Training, announce, close, resume, train
-from glasshouse.training.validation import Hide, micro_batches, sample_text, validate
+
+Hide = Callable[[Batch, int], Batch]
+"""From the rows of a step and its number to the same with tokens hidden, which the labels then name."""
+
+VALIDATION_ROWS = 64
+SAMPLE_TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -292,3 +316,80 @@ def _measure(
     run.update(shape=asdict(plan.shape), compiled=plan.compiled, predicted=asdict(predict(plan, optimization, device)),
                device=asdict(device), seed=config.seed, licence=config.licence, optimization=asdict(optimization),
                matmul_rate=matmul_rate(device), baseline_memory=baseline)  # fmt: skip
+
+
+def micro_batches(
+    split: Split, shape: Shape, device: Device, isolate: bool, hide: Hide | None = None
+) -> Callable[[int], Iterator[TokenBatch]]:
+    """The micro-batches of this process, as a function of the step alone.
+
+    What is hidden is decided for all rows of a step at once, so it does not depend on how they are shared out. Every
+    process takes its share of the step's rows; shares may differ by one row, which summed losses allow.
+    """
+
+    def batches(step: int) -> Iterator[TokenBatch]:
+        rows = batch(split, step, shape.rows, shape.context, device.seed)
+        rows = rows if hide is None else hide(rows, step)
+        own = np.array_split(np.arange(shape.rows), device.world_size)[device.rank]
+        for piece in np.array_split(own, most_pieces(shape, device.world_size)):
+            yield to_device(
+                take_rows(rows, int(piece[0]), int(piece[-1]) + 1) if len(piece) else take_rows(rows, 0, 0),
+                device,
+                isolate,
+            )
+
+    return batches
+
+
+def most_pieces(shape: Shape, world_size: int) -> int:
+    """Micro-batches of the process with the most rows: all processes make as many, so that they stay in step."""
+    share = -(-shape.rows // world_size)
+    return -(-share // shape.micro_rows)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    split: Split,
+    shape: Shape,
+    device: Device,
+    isolate: bool,
+    stop: Callable[[], bool],
+    hide: Hide | None = None,
+) -> float | None:
+    """Mean loss, in nats per token, on the same rows every time; None when asked to stop before the end.
+
+    With `hide`, of the tokens that it hides in step 0.
+
+    Raises:
+        InputError: the split has no row of this length.
+    """
+    model.eval()
+    rows = min(VALIDATION_ROWS, max(1, split.tokens // (shape.context + 1)))
+    fixed = batch(split, 0, rows, shape.context, 0)
+    fixed = fixed if hide is None else hide(fixed, 0)
+    objective = objective_for(shape.model)
+    loss_sum, weight = 0.0, 0
+    own = np.array_split(np.arange(rows), device.world_size)[device.rank]
+    for piece in np.array_split(own, max(1, -(-rows // device.world_size // shape.micro_rows))):
+        if stop():
+            return None
+        if len(piece):
+            loss, count = objective(
+                model, to_device(take_rows(fixed, int(piece[0]), int(piece[-1]) + 1), device, isolate)
+            )
+            loss_sum, weight = loss_sum + float(loss), weight + count
+    loss_sum, total = sum_numbers([loss_sum, float(weight)])
+    model.train()
+    if total == 0:
+        raise InputError("the validation split has nothing to predict", "corpus", "prepare it with more text")
+    return loss_sum / total
+
+
+def sample_text(model: Decoder, tokenizer: Tokenizer, prompt: str, seed: int) -> str:
+    """What the model writes after a prompt, as it comes."""
+    config = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
+    model.eval()
+    text = "".join(token.text for token in generate(model, tokenizer, tokenizer.prompt(prompt), config))
+    model.train()
+    return text

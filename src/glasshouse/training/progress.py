@@ -13,6 +13,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from glasshouse.text.examples import ExampleCounts
+from glasshouse.text.supervision import Lessons, show_row
+from glasshouse.text.tokenizer import Tokenizer
+
+STYLES = {"learned": "green", "seen": "dim"}
 PLAIN_EVERY = 10.0
 """Seconds between two lines where the output is not a terminal."""
 
@@ -139,3 +144,26 @@ class SpikeDetector:
     def is_spike(self, loss: float) -> bool:
         """Whether the loss is a spike; it joins the losses that later ones are compared with."""
         return self.deviation(loss) > self.threshold
+
+
+def show_lessons(console: Console, tokenizer: Tokenizer, rows: Lessons, counts: ExampleCounts) -> None:
+    """Show what will be learned: what was left out, and one row as the model will see it."""
+    console.print(
+        f"{counts.kept:,} examples ({counts.form}); {rows.rows:,} rows of {rows.context:,} tokens, {rows.waste:.1%} of them padding"
+    )
+    for line in counts.lines():
+        console.print(line, markup=False)
+    console.print(
+        "the first row: ",
+        Text("learned", "green"),
+        " and only ",
+        Text("seen", "dim"),
+        "; what a line parts cannot see each other",
+        sep="",
+    )
+    shown = Text()
+    for stretch in show_row(tokenizer, rows.batch(0, 1), 0):
+        shown.append(
+            "\n" + "─" * 40 + "\n" if stretch.kind == "border" else stretch.text, STYLES.get(stretch.kind, "")
+        )
+    console.print(shown)

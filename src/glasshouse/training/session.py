@@ -97,6 +97,7 @@ class Course:
         bits_per_byte: from a loss and the name of a split ("train" or "validation") to bits per byte; NaN where a byte
             has no meaning.
         sample: a prompt and what the model writes after it; None for no samples.
+        figures: what else was counted since it was last asked, for the log; every process asks.
     """
 
     model: Any
@@ -109,6 +110,7 @@ class Course:
     keep: Callable[[], object]
     bits_per_byte: Callable[[float, str], float]
     sample: Callable[[], tuple[str, str]] | None = None
+    figures: Callable[[], dict[str, float]] = dict
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def _record(training: Training, step: Step, spikes: SpikeDetector) -> None:
     rate = record["tokens_per_second"]
     utilization = rate * course.flops / training.matmul_rate / training.device.world_size
     history.peak_memory = max(history.peak_memory, peak_memory(training.device))
-    record |= {"utilization": utilization, "memory": process_memory()}
+    record |= {"utilization": utilization, "memory": process_memory(), **course.figures()}
     if training.is_first:
         training.run.log(record)
         training.scalars.add(record)
@@ -230,12 +232,13 @@ def _validate(training: Training) -> bool:
     """Measure the validation loss, keep the model if it is the best so far; False when asked to stop meanwhile."""
     history = training.history
     loss = training.course.validate(training.stop)
+    figures = {f"validation_{name}": value for name, value in training.course.figures().items()}
     if loss is None:
         return False
     better = loss < history.best_loss
     history.waited, history.validated = 0 if better else history.waited + 1, history.step
     if training.is_first:
-        _record_validation(training, loss)
+        _record_validation(training, loss, figures)
         if better:
             training.course.keep()
     if better:
@@ -243,15 +246,18 @@ def _validate(training: Training) -> bool:
     return True
 
 
-def _record_validation(training: Training, loss: float) -> None:
+def _record_validation(training: Training, loss: float, figures: dict[str, float]) -> None:
     """Log and print a validation loss, and every so often a sample."""
     course, history, say = training.course, training.history, training.progress.say
     bits = course.bits_per_byte(loss, "validation")
-    record: dict[str, Any] = {"step": history.step, "validation_loss": loss, "validation_bits_per_byte": bits}
+    record: dict[str, Any] = {"step": history.step, "validation_loss": loss, "validation_bits_per_byte": bits,
+                              **figures}  # fmt: skip
     if history.smoothed is not None:
         record["gap"] = loss - history.smoothed
     best = f", best was {_in_words(course, history.best_loss)} at step {history.best_step}"
-    say(f"step {history.step}: validation {_in_words(course, loss)}{'' if loss < history.best_loss else best}")
+    say(
+        f"step {history.step}: validation {_in_words(course, loss)}{_figures_in_words(figures)}{'' if loss < history.best_loss else best}"
+    )
     every = validation_steps(training.settings.validations, course.steps)
     if course.sample and (history.step // every % SAMPLE_EVERY == 1 or history.step == course.steps):
         prompt, sample = course.sample()
@@ -259,6 +265,10 @@ def _record_validation(training: Training, loss: float) -> None:
         say(f"  {prompt!r} -> {sample.strip()!r}")
     training.run.log(record)
     training.scalars.add(record)
+
+
+def _figures_in_words(figures: dict[str, float]) -> str:
+    return "".join(f", {name.removeprefix('validation_')} {value:.3f}" for name, value in figures.items())
 
 
 def _in_words(course: Course, loss: float) -> str:
