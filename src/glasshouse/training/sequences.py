@@ -88,7 +88,7 @@ class PairsConfig:
     minutes: float | None = None
     batch_tokens: int = 4096
     optimizer: str = "muon"
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     matrix_learning_rate: float = 5e-3
     weight_decay: float = 0.1
     clip: float = 1.0
