@@ -1,7 +1,8 @@
 """Every command in the documentation runs, in order, as written; only sizes are made small so that it takes seconds.
 
 Read are the fenced blocks marked `sh` and `python` of README.md and docs/*.md. A block is left out when the line before
-it is `<!-- no-test: reason -->`. All run in one folder, which holds `my_folder/` with some text, `my.jsonl` with questions and answers, `my_pairs.tsv` and files like it
+it is `<!-- no-test: reason -->`. All run in one folder, which holds `my_folder/` with some text, `my.jsonl` with questions and answers, `my_preferences.jsonl` with
+better and worse ones, `my_pairs.tsv` and files like it
 with sentences and their counterparts, and `recipes/` with a small copy of every recipe; README.zh.md must show the
 same commands as README.md.
 """
@@ -110,6 +111,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = [
         {"prompt": f"Where does the {a} live?", "completion": f"In the {p}."} for a in ANIMALS for p in PLACES
     ]
+    preferred = [
+        {"prompt": f"Where does the {a} live?", "chosen": f"In the {p}.", "rejected": f"{p}?"}
+        for a in ANIMALS
+        for p in PLACES
+    ]
+    (folder / "my_preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preferred))
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     (folder / "recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
