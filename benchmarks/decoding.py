@@ -287,7 +287,7 @@ class Worker:
             "--steps",
             str(options.steps),
         ]
-        self.label, errors = label, open(folder / f"{label}.log", "w")
+        self.label, errors = label, open(folder / f"{label}.log", "w")  # noqa: SIM115  (the process writes to it)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )

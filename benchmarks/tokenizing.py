@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
-from tokenizers import Regex
+from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
 
 from glasshouse.corpus.documents import Document, ReadCounts, ReadPolicy, read_documents
 from glasshouse.text.byte_pair import bytes_of

@@ -53,7 +53,9 @@ def test_it_learns_in_the_same_loop():
         yield TokenBatch(tokens, (tokens + 1) % 40, torch.arange(16).expand(8, 16), None)
 
     optimizer = MasterOptimizer(model.decoder, OptimizationConfig(learning_rate=1e-2))
-    losses = [step.loss for step in train_steps(model.decoder, next_token, batches, optimizer, Schedule(0, 60))]
+    losses = [
+        step.loss for step in train_steps(model.decoder, next_token, batches, optimizer, Schedule(0, 60))
+    ]
     assert losses[-1] < 0.3 < 3.0 < losses[0]
     assert model(torch.tensor([[7, 8, 9]]))[0, -1].argmax() == 10
 

@@ -42,7 +42,9 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(iter(["the cat sees a dog 猫 2 + 2 assistant user system " * 20]), 300, exact=False)
+    return train_tokenizer(
+        iter(["the cat sees a dog 猫 2 + 2 assistant user system " * 20]), 300, exact=False
+    )
 
 
 def random_chat(draw: random.Random) -> list[dict[str, Any]]:
