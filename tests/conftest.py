@@ -28,9 +28,24 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels() -> None:
+    """The C++ kernels, where they can be compiled, are there before the first test: they would come in the middle."""
+    from glasshouse.models import native
+
+    command = native.build_command()
+    if command and native.cpu_features() >= native.CPU_FEATURES:
+        target = native.library_path(command)
+        if not target.exists():
+            native.build(target, command)
+
+
 @pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """A test that runs a verb sets the threads of the whole process: the next one begins with one again."""
+def as_before() -> Iterator[None]:
+    """Every test begins with the same random numbers, and with one thread: a test that runs a verb sets the threads of
+    the whole process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
