@@ -26,6 +26,11 @@ from glasshouse.serve.server import Server, build, take_port
 from glasshouse.text.chat import CHATML_TEMPLATE, render
 from glasshouse.text.tokenizer import Tokenizer, train_tokenizer
 
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 CPU = Device("cpu", "float32", 0, 1)
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -192,3 +197,15 @@ def live(model_folder: Path) -> Iterator[Live]:
     """The server most tests ask."""
     with running(model_folder) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser for the tests of the page; they are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.exists():
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield chromium
+        chromium.close()

@@ -8,23 +8,12 @@ from typing import Any
 
 import pytest
 from tests.serve.conftest import COUNT, CPU, GREETING, Live, running
-from tests.serve.test_page import CHROMIUM, FLAGS
 
 from glasshouse.serve.models import open_models
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 POLICY = "default-src 'self'"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
