@@ -176,6 +176,16 @@ def test_the_same_text_is_asked_for_once(page, live):
     assert len(asked) == len(set(asked))
 
 
+def test_everything_one_can_press_has_a_name(page):
+    say(page, "count")
+    page.locator(".turn:not(.mine) .token").first.click()
+    for button in page.locator("button:visible, select:visible, textarea:visible").all():
+        name = button.evaluate(
+            "e => e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.[0]?.textContent.trim()"
+        )
+        assert name, button.evaluate("e => e.outerHTML")
+
+
 def test_only_a_run_that_was_pretrained_and_no_more_is_said_to_be_a_base_model(
     model_folder: Path, tmp_path: Path
 ):
