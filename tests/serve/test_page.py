@@ -303,6 +303,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser, script, open_page):
     expect(page.locator("dialog .trouble")).to_have_text("The server does not accept this key.")
     page.get_by_label("Key", exact=True).fill("a long secret")
     page.keyboard.press("Enter")
+    expect(page.locator("dialog[open]")).to_have_count(0)  # the key is tried first
     say(page)
     expect(answers(page)).to_have_text("Hello there.")
     assert page.evaluate("() => JSON.stringify({...localStorage})").find("secret") == -1
