@@ -17,7 +17,6 @@ from glasshouse.text.supervision import (
     Lessons,
     encode_conversation,
     encode_examples,
-    encode_text,
     place,
     show_row,
 )
@@ -100,12 +99,6 @@ def test_what_is_learned_is_the_answers_and_their_end(tokenizer: Tokenizer) -> N
         "Hello<|im_end|>",
         "So long<|im_end|>",
     ]
-
-
-def test_a_text_is_learned_whole(tokenizer: Tokenizer) -> None:
-    lesson = encode_text(tokenizer, "the cat", "row")
-    assert tokenizer.decode(lesson.tokens.tolist(), keep_special=True) == "<|endoftext|>the cat<|endoftext|>"
-    assert lesson.learned.tolist() == [False] + [True] * (len(lesson.tokens) - 1)
 
 
 lengths = st.lists(st.integers(1, 16), min_size=1, max_size=60)

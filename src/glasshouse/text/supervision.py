@@ -66,14 +66,6 @@ def encode_conversation(
     return Lesson(row, np.array(tokens, dtype=np.int64), np.array(learned, dtype=bool))
 
 
-def encode_text(tokenizer: Tokenizer, text: str, row: str) -> Lesson:
-    """A plain text, begun and ended as documents are; all of it is learned."""
-    tokens = [*tokenizer.prompt(text), tokenizer.end_of_document]
-    learned = np.ones(len(tokens), dtype=bool)
-    learned[0] = False
-    return Lesson(row, np.array(tokens, dtype=np.int64), learned)
-
-
 def encode_examples(
     tokenizer: Tokenizer, examples: Sequence[Example], context: int, counts: ExampleCounts
 ) -> list[Lesson]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from glasshouse.artifact import save_artifact
-from glasshouse.device import Device, open_device, peak_memory, process_memory
+from glasshouse.device import Device, forget_peak_memory, open_device, peak_memory, process_memory
 from glasshouse.errors import InputError
 from glasshouse.inference.search import BeamConfig, search_translations
 from glasshouse.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, initialize_sequences
@@ -141,6 +141,7 @@ def pretrain_pairs(config: PairsConfig, run: Run) -> None:
     device = open_device(config.device, config.dtype, config.seed, config.threads)
     lock = run.lock() if device.rank == 0 else nullcontext()
     with lock, process_group(device), StopSignal() as stop:
+        forget_peak_memory(device)
         require_agreement("their settings", repr(config))
         material = _material(config, device)
         shape = sequence_shape(config, material.tokenizer.vocab_size)
