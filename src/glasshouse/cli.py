@@ -192,8 +192,8 @@ def _take_positionals(verb: str, words: list[str], names: str) -> list[str]:
     return taken + [""] * (len(expected) - count)
 
 
-def _make(stage: str, words: list[str]) -> int:
-    """A verb that makes a run: prepare, pretrain or finetune."""
+def _make(stage: str, words: list[str]) -> Path:
+    """A verb that makes a run: prepare, pretrain or finetune. Returns its folder."""
     from glasshouse.config import parse_config
     from glasshouse.stage import RESUMABLE, recorded_settings, run_stage
 
@@ -212,22 +212,21 @@ def _make(stage: str, words: list[str]) -> int:
     if out is None:
         raise InputError("--out is missing", "", "add --out and the run folder to make, like --out runs/name")
     run_stage(stage, function, config, Path(out), resume)
-    return 0
+    return Path(out)
 
 
 def _prepare(words: list[str]) -> int:
-    return _make("prepare", words)
+    _make("prepare", words)
+    return 0
 
 
 def _pretrain(words: list[str]) -> int:
-    return _make("pretrain", words)
+    _make("pretrain", words)
+    return 0
 
 
 def _finetune(words: list[str]) -> int:
-    out = next((words[place + 1] for place, word in enumerate(words[:-1]) if word == "--out"), None)
-    out = out or next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
-    _make("finetune", words)
-    _report_forgetting(Path(out or "."))
+    _report_forgetting(_make("finetune", words))
     return 0
 
 
